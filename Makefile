@@ -1,0 +1,12 @@
+# implicit-bench: `make demo` shows what it does, `make test` checks it.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+.PHONY: help setup demo test lint clean
+help:             ## what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@start=$$(date +%s); echo "setup   building $(VENV) (about a minute, once)"; \
+	python3 -m venv $(VENV) && $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]" && \
+	touch $@ && echo "setup   $(VENV) ready ($$(( $$(date +%s) - start )) s, once)"

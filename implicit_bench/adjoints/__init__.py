@@ -1,0 +1,9 @@
+"""How gradients return: one file a method, each blind to the solver that found z."""
+
+from .backsolve import Backsolve
+from .base import Adjoint, BackwardLog, Solve
+from .gmres import gmres
+from .implicit import IFT, JFB
+from .unrolled import Unroll
+
+__all__ = ["IFT", "JFB", "Adjoint", "Backsolve", "BackwardLog", "Solve", "Unroll", "gmres"]

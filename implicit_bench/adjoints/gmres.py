@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core import Reduce
+from ..core.solve import OpenRows
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    x: Tensor  # (B, D)
+    iterations: Tensor  # (R, 1) int64, products with A that the row needed
+    products: int  # products with A in all
+    residual: Tensor  # (R, 1) |b - A x| / |b|
+    rhs_norm: Tensor  # (R, 1) |b|
+    converged: Tensor  # (R, 1) bool
+
+
+def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: float, atol: float,
+          max_iter: int) -> LinearSolution:  # fmt: skip
+    """Solve A x = b, b (B, D), from x = 0 (Saad & Schultz, SIAM J. Sci. Stat. Comput. 1986), without restart.
+
+    With per-sample reductions every row is its own linear system, all advanced by the same products; else the batch
+    is one system. A row is done when |r| <= atol + rtol |b|, tested before the first iteration, and then left alone.
+    Cost: one product an iteration (none when b is small enough), max_iter + 1 states of memory.
+    """
+    beta = reduce.norm(b)
+    bound = atol + rtol * beta
+    R, m, dtype = len(beta), max_iter, beta.dtype
+    V = b.new_empty((m + 1, *b.shape))
+    V[0] = b / beta.clamp_min(torch.finfo(dtype).tiny).to(b.dtype)
+    H = torch.zeros(R, m, m, dtype=dtype, device=b.device)  # becomes upper triangular
+    Q = torch.eye(m + 1, dtype=dtype, device=b.device).repeat(R, 1, 1)  # the product of the Givens rotations
+    residual, iterations = beta.clone(), torch.zeros_like(beta, dtype=torch.int64)
+    active = (residual > bound) & beta.isfinite()
+    rows, j, products = OpenRows(b.is_cuda), 0, 0
+    while j < m and rows.read(active):
+        w = A(V[j])
+        products += 1
+        basis = V[: j + 1]
+        h = reduce.dots(basis, w)
+        w = w - reduce.combine(h, basis)
+        again = reduce.dots(basis, w)  # orthogonalised twice: classical Gram-Schmidt alone loses it in float32
+        w = w - reduce.combine(again, basis)
+        norm = reduce.norm(w)
+        V[j + 1] = w / norm.clamp_min(torch.finfo(dtype).tiny).to(w.dtype)
+        rotated = (Q[:, : j + 1, : j + 1] @ (h + again).unsqueeze(2)).squeeze(2)
+        last = rotated[:, j:]
+        rho = torch.hypot(last, norm).clamp_min(torch.finfo(dtype).tiny)
+        c, s = (last / rho).unsqueeze(2), (norm / rho).unsqueeze(2)
+        H[:, :j, j] = torch.where(active, rotated[:, :j], 0.0)
+        H[:, j, j] = torch.where(active, rho, 1.0).squeeze(1)
+        upper, lower = Q[:, j : j + 1], Q[:, j + 1 : j + 2]
+        turned = torch.cat((c * upper + s * lower, c * lower - s * upper), 1)
+        Q[:, j : j + 2] = torch.where(active.unsqueeze(2), turned, Q[:, j : j + 2])
+        residual = torch.where(active, (beta * Q[:, j + 1, :1]).abs(), residual)
+        j += 1
+        iterations = torch.where(active, j, iterations)
+        active = active & (residual > bound)
+    x = torch.zeros_like(b)
+    if j:
+        steps = torch.arange(j, device=b.device)
+        g = torch.where(steps < iterations, beta * Q[:, :j, 0], 0.0).unsqueeze(2)
+        y = torch.linalg.solve_triangular(H[:, :j, :j], g, upper=True).squeeze(2)
+        x = reduce.combine(y, V[:j])
+    relative = residual / beta.clamp_min(torch.finfo(dtype).tiny)
+    return LinearSolution(x, iterations, products, relative, beta, residual <= bound)

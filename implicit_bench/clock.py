@@ -1,0 +1,367 @@
+"""Measuring time so that the numbers can be believed. Imports torch and the standard library only.
+
+Units are in the names (`_ms`, `_s`, `_mib`). Nothing here synchronises a GPU inside a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIN_ROUNDS = 40  # below this a ratio gets no verdict
+_PROC = Path("/proc")
+
+
+def _is_cuda(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def set_allocator_policy(top_pad: bool = True) -> str:
+    """Keep freed memory in the process: glibc's defaults spend more on page faults than a solver does (design, Timing 7).
+
+    No allocation by mmap, no trimming, the heap grows 256 MiB at a time; `top_pad=False` (glibc's own 128 KiB) is for a
+    fresh process that measures memory. Idempotent, never raises. Returns the word for the record: "glibc-tuned",
+    "glibc-tuned, no top pad" or "default: <reason>".
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        if sys.platform != "linux" or not hasattr(libc, "gnu_get_libc_version"):
+            return "default: not glibc on Linux"
+        if "malloc" in os.environ.get("LD_PRELOAD", ""):  # mallopt would then succeed and change nothing
+            return "default: another malloc is preloaded"
+        # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of <malloc.h>
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 * 2**20 if top_pad else 128 * 2**10)):
+            if libc.mallopt(option, value) != 1:
+                return f"default: mallopt({option}, {value}) refused"
+        return "glibc-tuned" if top_pad else "glibc-tuned, no top pad"
+    except Exception as error:  # a convenience must not end a run, whatever the platform does
+        return f"default: {type(error).__name__}"
+
+
+class StepTimer:
+    """Times the parts of a step: `start()`, `lap("forward")`, `lap("backward")`, ... ; a lap runs from the mark before it.
+
+    CPU: perf_counter_ns. CUDA: events on the device's current stream, read later, so that a step never waits for them.
+    A name lapped twice in a step adds up (gradient accumulation); `skip()` leaves the time since the last mark out.
+    """
+
+    def __init__(self, device: str | torch.device) -> None:
+        self.device = torch.device(device)
+        self._cuda = _is_cuda(device)
+        self._steps: list[list[tuple[str | None, Any]]] = []  # a step is its marks: (lap that ends here, ns or event)
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter_ns()
+        new: Any = torch.cuda.Event
+        event = new(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))  # record() alone takes the current device's, maybe another
+        return event
+
+    def start(self) -> None:
+        self._steps.append([(None, self._mark())])
+
+    def lap(self, name: str) -> None:
+        self._steps[-1].append((name, self._mark()))
+
+    def skip(self) -> None:
+        self._steps[-1].append((None, self._mark()))
+
+    def _laps(self, step: list[tuple[str | None, Any]]) -> dict[str, float]:
+        laps: dict[str, float] = defaultdict(float)
+        for (_, before), (name, after) in pairwise(step):
+            if name is not None:
+                laps[name] += before.elapsed_time(after) if self._cuda else (after - before) / 1e6
+        return dict(laps)
+
+    def read(self) -> dict[str, float]:
+        """The latest step's laps in ms; on CUDA it waits for them. Forgets every step so far."""
+        step, self._steps = self._steps[-1], []
+        if self._cuda:
+            step[-1][1].synchronize()
+        return self._laps(step)
+
+    def drain(self, wait: bool = False) -> dict[str, list[float]]:
+        """The laps of all finished steps in ms, by name, each step given once. Call it between steps.
+
+        On CUDA a step that the GPU has not finished is left for the next call, unless `wait` (the end of a run).
+        """
+        if wait and self._cuda and self._steps:
+            self._steps[-1][-1][1].synchronize()
+        out: dict[str, list[float]] = defaultdict(list)
+        while self._steps and (not self._cuda or self._steps[0][-1][1].query()):
+            for name, ms in self._laps(self._steps.pop(0)).items():
+                out[name].append(ms)
+        return dict(out)
+
+
+@contextmanager
+def _no_gc() -> Iterator[None]:
+    """The collector off, its state restored after. What lives now is frozen, so that a collect() inside stays cheap."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    passes: int
+    settled: bool  # two successive passes agreed; when False, say so beside the figures
+    cold_s: float  # the first pass: compilation and autotuning are in it
+    times: list[float]  # s, every pass
+
+
+def warm_up(run: Callable[[], float | None], *, tolerance: float = 0.02, max_passes: int = 10) -> WarmUp:
+    """Run passes until two successive ones agree within `tolerance`, `max_passes` at most.
+
+    A pass is timed here when `run` returns None (on CUDA it must then synchronise), else it returns its own seconds.
+    """
+    times: list[float] = []
+    while len(times) < max_passes:
+        begin = time.perf_counter()
+        own = run()
+        times.append(time.perf_counter() - begin if own is None else own)
+        if len(times) > 1 and abs(times[-1] - times[-2]) <= tolerance * max(times[-2:]):
+            return WarmUp(len(times), True, times[0], times)
+    return WarmUp(len(times), False, times[0], times)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `interleave` measured: `rows[row][measure]` has one value a round; entry i is round i in every list."""
+
+    rows: dict[str, dict[str, list[float]]]
+    failed: dict[str, str]  # row -> error; a failed row has no figures
+    rounds: int
+    seconds: float
+    interrupted: bool
+
+
+def _order(k: int, r: int) -> list[int]:
+    """Round r of a Williams square: over k rounds (2k for odd k) each row directly follows each other equally often."""
+    order = [((j + 1) // 2 if j % 2 else -j // 2) + r for j in range(k)]
+    return [i % k for i in (reversed(order) if k % 2 and (r // k) % 2 else order)]
+
+
+def interleave(
+    rows: Mapping[str, Callable[[], dict[str, float]]],
+    *,
+    rounds: int | None = None,
+    seconds: float | None = None,
+    on_round: Callable[[int, dict[str, dict[str, float]]], None] | None = None,
+) -> Samples:
+    """Time rows in paired rounds: a round calls every row once, in an order that balances who follows whom.
+
+    Ends after `rounds`, or between rounds once `seconds` are spent (the first is always whole); Ctrl-C returns the whole
+    rounds there are. A row that raises, or whose measures change, goes to `failed`; the others go on.
+    `on_round(rounds done, this round)` is called between rounds, outside every timing.
+    """
+    if rounds is None and seconds is None:
+        raise ValueError("interleave needs rounds, seconds or both; else it never ends")
+    done: list[dict[str, dict[str, float]]] = []  # a round enters whole or not at all, whenever Ctrl-C comes
+    failed: dict[str, str] = {}
+    begin, interrupted, alive = time.perf_counter(), False, list(rows)
+    with _no_gc():
+        try:
+            while alive and len(done) != rounds:
+                if done and seconds is not None and time.perf_counter() - begin >= seconds:
+                    break
+                this: dict[str, dict[str, float]] = {}
+                for name in [alive[i] for i in _order(len(alive), len(done))]:
+                    try:
+                        this[name] = dict(rows[name]())
+                        if done and this[name].keys() != done[0][name].keys():
+                            raise ValueError(f"measures changed from {[*done[0][name]]} to {[*this[name]]}")
+                    except Exception as error:  # whatever one row does, the others are worth having
+                        failed[name] = f"{type(error).__name__}: {error}"
+                alive = [name for name in alive if name not in failed]
+                if alive:
+                    done.append({name: this[name] for name in alive})
+                    if on_round is not None:
+                        on_round(len(done), done[-1])
+                gc.collect()  # else autograd's cycles would pile up for as long as the collector is off
+        except KeyboardInterrupt:
+            interrupted = True
+    ok = [name for name in rows if name not in failed]
+    figures = {name: {m: [r[name][m] for r in done] for m in (done[0][name] if done else ())} for name in ok}
+    return Samples(figures, failed, len(done), time.perf_counter() - begin, interrupted)
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """{median, p10, p90, n}; quantiles interpolate linearly."""
+    if not len(values):
+        raise ValueError("summary of no values")
+    q = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)).tolist()
+    return {"median": q[0], "p10": q[1], "p90": q[2], "n": len(values)}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    value: float  # median(a) / median(b); above 1, b is faster
+    low: float
+    high: float
+    n: int
+    verdict: str  # "too few rounds", "no difference", "faster" or "slower" (of b)
+
+
+def _t_over_z(p: float, df: float) -> float:
+    """Student's t quantile over the normal's, by the Cornish-Fisher series (error under 1 % for df >= 3)."""
+    z = math.sqrt(2) * torch.erfinv(torch.tensor(2 * p - 1, dtype=torch.float64)).item()
+    s = z * z
+    terms = ((s + 1) / 4, ((5 * s + 16) * s + 3) / 96, (((3 * s + 19) * s + 17) * s - 15) / 384)
+    return 1 + sum(c / df**k for k, c in enumerate(terms, 1))
+
+
+def ratio(a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Ratio:
+    """median(a) / median(b) over paired rounds, with a block bootstrap interval (moving blocks, wrapped at the end).
+
+    COVERAGE_TABLE
+    """
+    n = len(a)
+    if n != len(b) or not n:
+        raise ValueError(f"a ratio needs the same rounds of both rows, at least one; got {n} and {len(b)}")
+    pair = torch.tensor([list(a), list(b)], dtype=torch.float64)
+    if not (pair.isfinite() & (pair > 0)).all():
+        raise ValueError("a ratio needs finite times above 0")
+    block = max(1, min(round(2 * n ** (1 / 3)), n // 4))
+    starts = torch.randint(n, (resamples, -(-n // block), 1), generator=torch.Generator().manual_seed(seed))
+    index = ((starts + torch.arange(block)) % n).flatten(1)[:, :n] + n * torch.arange(resamples)[:, None]
+    # How often each resample drew each round, the same for both rows. Medians by counting cost a quarter of sorting.
+    counts = torch.bincount(index.flatten(), minlength=resamples * n).view(resamples, n)
+    ranks = ((n + 1) // 2, n // 2 + 1)  # the two middle ones, equal when n is odd
+    medians, drawn = [], []
+    for row in pair:
+        values, order = row.sort()
+        at_or_below = counts[:, order].cumsum(1)
+        medians.append((values[ranks[0] - 1] + values[ranks[1] - 1]) / 2)
+        drawn.append((values[(at_or_below < ranks[0]).sum(1)] + values[(at_or_below < ranks[1]).sum(1)]) / 2)
+    centre = (medians[0] / medians[1]).log()
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    ends = ((drawn[0] / drawn[1]).log().quantile(tails) - centre) * _t_over_z((1 + level) / 2, max(3, n / block - 1))
+    value, low, high = torch.stack([centre, centre + ends[0].clamp(max=0), centre + ends[1].clamp(min=0)]).exp().tolist()
+    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
+    return Ratio(value, low, high, n, verdict if n >= MIN_ROUNDS else "too few rounds")
+
+
+def unit_cost(fn: Callable[[], object], *, device: str | torch.device, min_time_s: float = 0.2) -> float:
+    """Median ms of one call of `fn` alone in its own loop, for about `min_time_s` (but three groups at least).
+
+    Calls are timed in groups of min_time_s / 20, so that reading the clock costs nothing beside a 20 us call; on CUDA a
+    group is one pair of events, so that launches overlap as in a step. Finding the group's size is the warm-up.
+    """
+    timer = StepTimer(device)
+
+    def group(calls: int) -> float:
+        timer.start()
+        for _ in range(calls):
+            fn()
+        timer.lap("ms")
+        return timer.read()["ms"]
+
+    with _no_gc():
+        calls = 1
+        group(1)  # compilation, first-time allocation
+        while group(calls) < min_time_s * 1e3 / 20:
+            calls *= 2
+        groups: list[float] = []
+        while sum(groups) < min_time_s * 1e3 or len(groups) < 3:
+            groups.append(group(calls))
+    return summary(groups)["median"] / calls
+
+
+def fingerprint() -> dict[str, Any]:
+    """What must be equal before two records' times are compared; `gpu` is None without one."""
+    try:
+        names = [x.partition(":")[2].strip() for x in (_PROC / "cpuinfo").open() if x.startswith("model name")]
+    except OSError:
+        names = []
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+class Alone:
+    """Was the machine otherwise idle? Start one before, read it after: all CPU time less ours and our descendants'."""
+
+    def __init__(self, proc: Path = _PROC) -> None:
+        self._proc = proc
+        self._begin, self._before = time.monotonic(), self._others_s()
+
+    def _others_s(self) -> float | None:
+        try:
+            # user nice system idle iowait irq softirq steal; steal is other guests' work, and guest time is within user
+            total = [int(x) for x in (self._proc / "stat").read_text().partition("\n")[0].split()[1:9]]
+            stat: dict[int, list[str]] = {}
+            for path in self._proc.glob("[0-9]*/stat"):
+                with suppress(OSError):  # it ended while we looked
+                    stat[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()  # names may hold spaces
+            ours = [os.getpid()]
+            for parent in ours:  # grows as it goes: children, theirs, ...
+                ours += [pid for pid, fields in stat.items() if int(fields[1]) == parent]
+            own = sum(int(x) for pid in ours for x in stat[pid][11:15])  # utime stime, and those of reaped children
+            return (sum(total) - total[3] - total[4] - own) / os.sysconf("SC_CLK_TCK")
+        except (OSError, KeyError, ValueError, IndexError):
+            return None
+
+    def others_cores(self) -> float | None:
+        """Cores that others kept busy since the start; None without a sane /proc, or under 1 s (ticks are coarse)."""
+        window, after = time.monotonic() - self._begin, self._others_s()
+        if self._before is None or after is None or window < 1:
+            return None
+        cores = (after - self._before) / window
+        return None if cores < -0.1 else max(0.0, cores)  # we used more than everyone: a /proc/stat that does not count
+
+    def read(self) -> bool | None:
+        """True when others used under a tenth of one core; None where that cannot be told."""
+        cores = self.others_cores()
+        return None if cores is None else cores < 0.1
+
+
+def reset_peak_memory(device: str | torch.device = "cpu") -> bool:
+    """Begin a new peak; False where the system does not allow it, and the peak is then that of the whole process."""
+    if _is_cuda(device):
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    with suppress(OSError):
+        (_PROC / "self/clear_refs").write_text("5")
+        return True
+    return False
+
+
+def peak_memory_mib(device: str | torch.device = "cpu") -> float | None:
+    """Peak since the reset: torch's allocations on CUDA, else the process's resident memory (VmHWM; None without /proc)."""
+    if _is_cuda(device):
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError):
+        for line in (_PROC / "self/status").open():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    return None

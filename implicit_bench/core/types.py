@@ -1,0 +1,144 @@
+"""The words the mathematics is written in: field, state, status, solution.
+
+Shapes: B rows (samples) of D numbers. A state of any shape is flattened to (B, D); the cell knows how to unflatten it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Field = Callable[[Tensor, Tensor], Tensor]
+"""F(z (B, D), t (B,)) -> (B, D). Equilibrium problems: F = f(z, x) - z. Differential equations: F = dz/dt itself."""
+
+
+class Status(enum.IntEnum):
+    """How a row's solve ended. `advice` says what a user can do about it."""
+
+    CONVERGED = 0
+    REACHED_END = 1
+    MAX_STEPS = 2
+    STALLED = 3
+    NONFINITE = 4
+    STEP_TOO_SMALL = 5
+
+    @property
+    def advice(self) -> str:
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Status.CONVERGED: "the residual met the tolerance",
+    Status.REACHED_END: "the end time, or the fixed number of steps, was reached",
+    Status.MAX_STEPS: "the step cap came before the tolerance: raise stop.max_steps or loosen stop.tol",
+    Status.STALLED: "the residual stopped falling: use another solver or damping, or regularise the Jacobian",
+    Status.NONFINITE: "the state became infinite or NaN: lower the learning rate or damp the solver",
+    Status.STEP_TOO_SMALL: "the step size underflowed: the field is too stiff or not finite; loosen solver.rtol",
+}
+
+
+class State(NamedTuple):
+    """Where a solve stands. `F` is the field already evaluated at `z`, so that a residual costs no evaluation."""
+
+    z: Tensor  # (B, D)
+    F: Tensor  # (B, D)
+    t: Tensor  # (B,)
+    mem: Any = None  # a solver's own history
+
+
+@dataclass(frozen=True)
+class Stats:
+    steps: Tensor  # (B,) int64: solver steps until the row ended
+    nfe: Tensor  # (B,) int64: evaluations of F until the row ended
+    calls: int  # evaluations of F in all, what the solve cost
+    residual: Tensor  # (B,) relative residual |F| / |z + F| at the end; |F| has no such meaning for an ODE
+
+
+@dataclass(frozen=True)
+class Solution:
+    value: Tensor  # (B, D)
+    field: Tensor  # (B, D), F at `value`
+    status: Tensor  # (B,) int64, see Status
+    stats: Stats
+    memory: Any = None  # the solver's history, for adjoints that reuse it
+
+    @property
+    def fixed_point(self) -> Tensor:
+        """f(value) = value + F: one more application of the cell at no cost, what an equilibrium layer puts out."""
+        return self.value + self.field
+
+
+class Solver(Protocol):
+    """Settings and two pure functions; the loop is `solve`. A step may evaluate F any number of times."""
+
+    def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State: ...
+    def step(self, F: Field, state: State, reduce: Reduce) -> State: ...
+
+
+class Stop(Protocol):
+    t1: float  # end time, inf unless the stop is an end time
+    max_steps: int
+    needs_equilibrium: bool  # is |F| = 0 the goal? then F must be f - z
+
+    def open(self, state: State, k: int, reduce: Reduce) -> Tensor:
+        """(B,) bool: which rows go on after step k. A NaN row must come out False."""
+
+    def verdict(self, state: State, reduce: Reduce) -> Tensor:
+        """(B,) Status of rows that ended without any trouble of the loop's or the solver's own."""
+
+
+class Reduce:
+    """Every norm and inner product that steers a solve goes through here.
+
+    per_sample: a row's step size, mixing weights and stopping depend on that row alone; scalars are (R, 1), R = B.
+    Otherwise the batch is one long vector, R = 1: what batch-coupled cells (batch statistics) need.
+    Sums are float32 or better whatever the state's dtype. Stacks of k states are (k, B, D).
+    """
+
+    def __init__(self, per_sample: bool):
+        self.per_sample = per_sample
+
+    def norm(self, a: Tensor) -> Tensor:
+        """Euclidean norm, (B, D) -> (R, 1)."""
+        dim = -1 if self.per_sample else (-2, -1)
+        return torch.linalg.vector_norm(a, dim=dim, keepdim=True, dtype=_wide(a.dtype))
+
+    def rms(self, a: Tensor) -> Tensor:
+        """Root mean square, the norm in which ODE solvers measure error, (B, D) -> (R, 1)."""
+        return self.norm(a) / (a.shape[-1] if self.per_sample else a.numel()) ** 0.5
+
+    def gram(self, V: Tensor) -> Tensor:
+        """All inner products of k states, (k, B, D) -> (R, k, k)."""
+        V = self._vectors(V)
+        return V @ V.mT
+
+    def dots(self, V: Tensor, w: Tensor) -> Tensor:
+        """<V_i, w>: (k, B, D), (B, D) -> (R, k)."""
+        return (self._vectors(V) @ self._vectors(w.unsqueeze(0)).mT).squeeze(-1)
+
+    def combine(self, h: Tensor, V: Tensor) -> Tensor:
+        """sum_i h_i V_i: (R, k), (k, B, D) -> (B, D), in V's dtype."""
+        return (h.unsqueeze(1).to(V.dtype) @ self._vectors(V, V.dtype)).view(V.shape[1:])
+
+    def _vectors(self, V: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        V = V.to(dtype or _wide(V.dtype))
+        return V.transpose(0, 1) if self.per_sample else V.flatten(1).unsqueeze(0)  # (R, k, numbers a row)
+
+
+class FixedPoint:
+    """The field of an equilibrium problem: F(z, t) = f(z, t) - z, with the map f at hand for the adjoints."""
+
+    def __init__(self, f: Field):
+        self.f = f
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.f(z, t) - z
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,11 @@
+"""Cells, networks, starts, penalties, the implicit layer, the classifier."""
+
+from .cells import Cell, DenseCell, UntiedCell
+from .classifier import Classifier, Output
+from .inits import FZero, SkipNet, Zero
+from .layer import ImplicitLayer, LayerOutput
+from .networks import Dense, Network
+from .penalties import Penalty, Skip
+
+__all__ = ["Cell", "Classifier", "Dense", "DenseCell", "FZero", "ImplicitLayer", "LayerOutput", "Network", "Output",
+           "Penalty", "Skip", "SkipNet", "UntiedCell", "Zero"]  # fmt: skip

@@ -1,0 +1,299 @@
+"""What a run is called and what it leaves behind: identity, metric names, record.json, metrics.jsonl."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+SCHEMA_VERSION = 1
+NUMERICS = 1  # raise by hand when a change alters the numbers that a config gives; every run id changes with it
+STATUSES = ("running", "done", "failed", "interrupted")
+# Top-level config keys that say nothing about the result: labels (resolved into the rest), where to write, how to load.
+LABELS = {"model", "experiment", "protocol", "length", "logger", "paths", "force", "hydra", "progress", "loader"}
+
+
+class RecordError(ValueError):
+    """A record, a metrics file or a run's name cannot be used; one sentence says which and what to do."""
+
+
+class Metric(NamedTuple):
+    key: str  # dots mirror record.json; W&B has the same with slashes
+    unit: str
+    better: Literal["lower", "higher"] | None
+    sentence: str
+
+
+METRICS = (
+    Metric("metrics.train_loss", "nats", "lower", "Mean task loss of the last training epoch, penalties left out."),
+    Metric("metrics.val_acc", "share", "higher", "Accuracy on the validation split at the best epoch."),
+    Metric("metrics.val_loss", "nats", "lower", "Task loss on the validation split at the best epoch."),
+    Metric("metrics.test_acc", "share", "higher", "Accuracy on the test split, which is touched once."),
+    Metric("metrics.test_loss", "nats", "lower", "Task loss on the test split."),
+    Metric("metrics.start_acc", "share", "higher", "Test accuracy of the head on z0 alone, no solver step taken."),
+    Metric("metrics.test_acc_best_paper_style", "share", "higher",
+           "Best test accuracy over all epochs, as papers report it: optimistic, and only under protocol=faithful."),
+    Metric("timing.total_s", "s", "lower", "Wall-clock of the whole command."),
+    Metric("timing.cold_s", "s", "lower", "First steps, compilation and autotuning: outside every other time."),
+    Metric("timing.step_ms", "ms", "lower", "One training step: forward from a batch on the device to the update."),
+    Metric("timing.forward_ms", "ms", "lower", "The forward part of a training step."),
+    Metric("timing.backward_ms", "ms", "lower", "The backward part of a training step."),
+    Metric("timing.optimizer_ms", "ms", "lower", "The optimiser's part of a training step."),
+    Metric("timing.data_ms", "ms", "lower", "Waiting for a batch to be on the device; no part of the step."),
+    Metric("timing.predict_ms", "ms", "lower", "One batch forward without gradient, in evaluation mode."),
+    Metric("solve.nfe_forward", "calls", "lower", "Calls of f in a forward solve, start and re-attaching included."),
+    Metric("solve.nfe_backward", "calls", "lower", "Vector-Jacobian products in a backward, the first one included."),
+    Metric("solve.linear_iterations", "iterations", "lower", "Iterations of the backward's linear solve."),
+    Metric("solve.residual", "relative", "lower", "Residual at exit against |f|; none for an end-time solve."),
+    Metric("solve.rhs_norm", "norm", None, "Norm of the backward system's right-hand side."),
+    Metric("solve.converged_fraction", "share", "higher", "Share of samples that met the stopping rule."),
+    Metric("memory.peak_mib", "MiB", "lower", "Peak memory of a training step, in a fresh process."),
+    Metric("flops.step", "FLOP", "lower", "Floating-point operations of a training step, counted."),
+    Metric("nonfinite_steps", "steps", "lower", "Steps skipped since a loss or gradient was not finite."),
+    *(Metric(f"ratio.{part}", "times", "higher", f"Compared row's {part} time over this row's, over paired rounds.")
+      for part in ("train", "forward", "backward", "predict")),
+)  # fmt: skip
+
+
+def slashed(key: str) -> str:
+    """A metric's name in W&B: timing.step_ms -> timing/step_ms."""
+    return key.replace(".", "/")
+
+
+def run_id(config: Mapping[str, Any]) -> str:
+    """10 hex digits that name what a resolved config computes.
+
+    sha256 of NUMERICS and the config less LABELS, as JSON with sorted keys and no spaces. Numbers count by value (1e-3
+    is 0.001, 1.0 is 1), but true is not 1, "1" is not 1, and null is not the same as an absent key. A tuple is a list.
+    """
+    return _hash(config, LABELS)
+
+
+def cell_id(config: Mapping[str, Any]) -> str:
+    """run_id less the gpu group: equal for the same experiment on other hardware, dtype or threads."""
+    return _hash(config, LABELS | {"gpu"})
+
+
+def _hash(config: Mapping[str, Any], less: set[str]) -> str:
+    kept = {key: value for key, value in config.items() if key not in less}
+    plain = _plain(kept, lambda number: int(number) if number.is_integer() else _spelled(number))
+    text = json.dumps([NUMERICS, plain], sort_keys=True, separators=(",", ":"))
+    if "${" in text:
+        raise ValueError(f"the config still holds an interpolation ({text[text.index('${') :][:40]}); resolve it first")
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _spelled(number: float) -> float | str:
+    """For a config, where infinity is not null, and JSON has no word for it."""
+    return number if math.isfinite(number) else str(number)
+
+
+def _plain(value: Any, number: Callable[[float], Any] | None = None) -> Any:
+    """Values for strict JSON: NaN becomes null (or what `number` says), a tensor its number, an enum its name."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, number) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, number) for item in value]
+    if isinstance(value, (Enum, Path)):
+        return value.name if isinstance(value, Enum) else str(value)
+    if isinstance(value, float):
+        return number(value) if number else value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if hasattr(value, "item"):
+        return _plain(value.item(), number)
+    raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON cannot hold")
+
+
+def folder_name(model: str, dataset: str, seed: int | None, run_id: str) -> str:
+    """skip_deq-digits-s0-3fa9c1d20b; a run without one seed (a bench) has no s part."""
+    parts = [model, dataset, *([] if seed is None else [f"s{seed}"]), run_id]
+    return "-".join(parts).replace("/", "_")
+
+
+def find(runs_dir: str | Path, text: str) -> Path:
+    """The folder of one run: "last" started, its path, or any unique prefix of its id or of its folder's name."""
+    if os.sep in text and (Path(text) / "record.json").is_file():  # a shell's completion writes the path
+        return Path(text)
+    ids = _ids(Path(runs_dir))
+    if text == "last" and ids:
+        return max(ids, key=_started)
+    exact = [folder for folder, id in ids.items() if text in (folder.name, id)]
+    fits = exact or [folder for folder, id in ids.items() if any(n.startswith(text or "/") for n in (folder.name, id))]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        shown = ", ".join(folder.name for folder in fits[:5]) + (", ..." if len(fits) > 5 else "")
+        raise RecordError(f"{text!r} fits {len(fits)} runs: {shown}; give more letters")
+    near = difflib.get_close_matches(text, [folder.name for folder in ids] + list(ids.values()), n=3, cutoff=0.4)
+    hint = f"nearest: {', '.join(near)}" if near else "implicit-bench runs lists them" if ids else "there are none yet"
+    raise RecordError(f"no run {text!r} in {runs_dir}; {hint}")
+
+
+def lookup(runs_dir: str | Path, run_id: str) -> Path | None:
+    """The folder that holds this run, whatever labels its name carries: a finished one first, then the latest."""
+    fits = [folder for folder, id in _ids(Path(runs_dir)).items() if id == run_id]
+    return max(fits, key=lambda folder: (_peek(folder).get("status") == "done", _started(folder)), default=None)
+
+
+def _ids(runs_dir: Path) -> dict[Path, str]:
+    """Every run folder with its id: the end of its name, else (a folder someone renamed) what its record says."""
+    ids = {}
+    for folder in sorted(runs_dir.iterdir()) if runs_dir.is_dir() else ():
+        if folder.is_dir() and not folder.name.startswith("."):
+            match = re.search(r"-([0-9a-f]{10})$", folder.name)
+            if id := match.group(1) if match else _peek(folder).get("run_id"):
+                ids[folder] = id
+    return ids
+
+
+def _peek(folder: Path) -> dict[str, Any]:
+    """The record if it can be read: one broken run must not hide the others."""
+    try:
+        return read_record(folder)
+    except RecordError:
+        return {}
+
+
+def _started(folder: Path) -> float:
+    try:
+        return datetime.fromisoformat(_peek(folder)["started_at"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return folder.stat().st_mtime
+
+
+def new_record(command: str, config: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """A record with every key in its order; `fields` sets top-level keys, and updates those that are sections."""
+    sections: dict[str, dict[str, Any]] = {}
+    for head, _, key in (metric.key.partition(".") for metric in METRICS):
+        sections.setdefault(head, {})[key] = None  # in timing, all ..._ms are {median, p10, p90, n}
+    environment = "hardware cpu gpu threads world_size allocator torch cuda python versions git alone"
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION, "run_id": run_id(config), "attempt": 1, "command": command,
+        "status": "running", "error": None, "experiment": None, "protocol": None, "length": None,
+        "config": dict(config), "params": {"total": None, "by_part": {}},
+        "data": dict.fromkeys(("name", "sha256", "n_train", "n_val", "n_test")),
+        "steps": 0, "epochs": 0, "best_epoch": None, "metrics": sections["metrics"], "timing": sections["timing"],
+        "solve": {**sections["solve"], "status_counts": {}}, "memory": sections["memory"], "flops": sections["flops"],
+        "nonfinite_steps": 0, "resumed_from": [], "environment": dict.fromkeys(environment.split()),
+        "started_at": datetime.now().astimezone().isoformat(timespec="milliseconds"), "finished_at": None,
+    }  # fmt: skip
+    for key, value in fields.items():
+        if key not in record:
+            raise TypeError(f"a record has no {key!r}; nearest: {difflib.get_close_matches(key, record, 1, 0)[0]}")
+        record[key] = {**record[key], **value} if isinstance(record[key], dict) else value
+    return record
+
+
+def write_record(folder: str | Path, record: Mapping[str, Any]) -> Path:
+    """Write record.json whole or not at all: a reader, or a crash, sees the old one or the new one."""
+    if record.get("status") not in STATUSES:
+        raise RecordError(f"a record's status is one of {', '.join(STATUSES)}, not {record.get('status')!r}")
+    path = Path(folder, "record.json")
+    text = json.dumps({**_plain(record), "config": _plain(record["config"], _spelled)}, indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".record.json.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The record in a run's folder, or in a file."""
+    path = Path(path, "record.json") if Path(path).is_dir() else Path(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"no valid JSON: {error}"
+        raise RecordError(f"{path} cannot be read ({why}); delete it and run again, or copy it anew") from None
+    found: dict[str, Any] = record if isinstance(record, dict) else {}
+    if isinstance(version := found.get("schema_version"), int) and version > SCHEMA_VERSION:
+        raise RecordError(f"{path} has schema {version}, newer than {SCHEMA_VERSION}; upgrade implicit-bench")
+    lacks = [key for key in new_record("", {}) if key not in found]
+    if lacks:
+        raise RecordError(f"{path} is no run record (it lacks {', '.join(lacks[:3])}); delete it and run again")
+    return found
+
+
+def records(dirs: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Every record under the given folders (record.json, or NAME.record.json as in results/), each file once."""
+    files: dict[Path, None] = {}
+    for top in map(Path, dirs):
+        if not top.exists():
+            raise RecordError(f"no folder {top} to read records from")
+        files.update((file.resolve(), None) for file in ([top] if top.is_file() else sorted(top.rglob("*record.json"))))
+    return [read_record(file) for file in files]
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record under their METRICS keys; of a spread, its median; what was not measured is absent."""
+    found = {}
+    for metric in METRICS:
+        value: Any = record
+        for part in metric.key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        value = value.get("median") if isinstance(value, Mapping) else value
+        if isinstance(value, (int, float)):
+            found[metric.key] = value
+    return found
+
+
+class Jsonl:
+    """Append-only rows, one JSON object a line, with the system when `append` returns: a killed process loses none.
+
+    `offset()` goes into a checkpoint and syncs to disk first, so a checkpoint never counts rows that a power cut took.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # drops a line that SIGKILL cut short
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        line = memoryview(json.dumps(_plain(row), allow_nan=False).encode() + b"\n")
+        start = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:  # disk full: the next row must not continue half a line
+            self._file.truncate(start)
+            raise
+
+    def offset(self) -> int:
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def truncate(self, offset: int) -> None:
+        """Drop the rows after a checkpoint's offset."""
+        content = self.path.read_bytes()
+        if not 0 <= offset <= len(content) or (offset and content[offset - 1 : offset] != b"\n"):
+            raise RecordError(f"{self.path} is not the checkpoint's (no row ends at byte {offset}); start afresh")
+        self._file.truncate(offset)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics file; none if there is no file, and without a last line that is still being written."""
+    content = Path(path).read_bytes() if Path(path).exists() else b""
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise RecordError(f"{path} line {number} is no valid JSON; delete that line") from None
