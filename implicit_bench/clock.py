@@ -31,7 +31,7 @@ def _is_cuda(device: str | torch.device) -> bool:
 
 
 def set_allocator_policy(top_pad: bool = True) -> str:
-    """Keep freed memory in the process: glibc's defaults spend more on page faults than a solver does (design, Timing 7).
+    """Keep freed memory in the process: glibc's defaults can cost more in page faults than the mathematics does.
 
     No allocation by mmap, no trimming, the heap grows 256 MiB at a time; `top_pad=False` (glibc's own 128 KiB) is for a
     fresh process that measures memory. Idempotent, never raises. Returns the word for the record: "glibc-tuned",
@@ -53,7 +53,7 @@ def set_allocator_policy(top_pad: bool = True) -> str:
 
 
 class StepTimer:
-    """Times the parts of a step: `start()`, `lap("forward")`, `lap("backward")`, ... ; a lap runs from the mark before it.
+    """Times the parts of a step: `start()`, `lap("forward")`, `lap("backward")`; a lap runs from the mark before it.
 
     CPU: perf_counter_ns. CUDA: events on the device's current stream, read later, so that a step never waits for them.
     A name lapped twice in a step adds up (gradient accumulation); `skip()` leaves the time since the last mark out.
@@ -173,8 +173,8 @@ def interleave(
 ) -> Samples:
     """Time rows in paired rounds: a round calls every row once, in an order that balances who follows whom.
 
-    Ends after `rounds`, or between rounds once `seconds` are spent (the first is always whole); Ctrl-C returns the whole
-    rounds there are. A row that raises, or whose measures change, goes to `failed`; the others go on.
+    Ends after `rounds`, or between rounds once `seconds` are spent (the first is always whole); Ctrl-C returns what
+    whole rounds there are. A row that raises, or whose measures change, goes to `failed`; the others go on.
     `on_round(rounds done, this round)` is called between rounds, outside every timing.
     """
     if rounds is None and seconds is None:
@@ -233,7 +233,9 @@ def _t_over_z(p: float, df: float) -> float:
     return 1 + sum(c / df**k for k, c in enumerate(terms, 1))
 
 
-def ratio(a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Ratio:
+def ratio(
+    a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> Ratio:
     """median(a) / median(b) over paired rounds, with a block bootstrap interval (moving blocks, wrapped at the end).
 
     COVERAGE_TABLE
@@ -259,7 +261,7 @@ def ratio(a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: i
     centre = (medians[0] / medians[1]).log()
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     ends = ((drawn[0] / drawn[1]).log().quantile(tails) - centre) * _t_over_z((1 + level) / 2, max(3, n / block - 1))
-    value, low, high = torch.stack([centre, centre + ends[0].clamp(max=0), centre + ends[1].clamp(min=0)]).exp().tolist()
+    value, low, high = (centre + torch.stack([ends[0] * 0, ends[0].clamp(max=0), ends[1].clamp(min=0)])).exp().tolist()
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
     return Ratio(value, low, high, n, verdict if n >= MIN_ROUNDS else "too few rounds")
 
@@ -293,9 +295,10 @@ def unit_cost(fn: Callable[[], object], *, device: str | torch.device, min_time_
 def fingerprint() -> dict[str, Any]:
     """What must be equal before two records' times are compared; `gpu` is None without one."""
     try:
-        names = [x.partition(":")[2].strip() for x in (_PROC / "cpuinfo").open() if x.startswith("model name")]
+        info = (_PROC / "cpuinfo").read_text()
     except OSError:
-        names = []
+        info = ""
+    names = [x.partition(":")[2].strip() for x in info.splitlines() if x.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -357,11 +360,11 @@ def reset_peak_memory(device: str | torch.device = "cpu") -> bool:
 
 
 def peak_memory_mib(device: str | torch.device = "cpu") -> float | None:
-    """Peak since the reset: torch's allocations on CUDA, else the process's resident memory (VmHWM; None without /proc)."""
+    """Peak since the reset: torch's allocations on CUDA, else the process's resident set (VmHWM; None without /proc)."""
     if _is_cuda(device):
         return torch.cuda.max_memory_allocated(device) / 2**20
     with suppress(OSError):
-        for line in (_PROC / "self/status").open():
+        for line in (_PROC / "self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 1024
     return None

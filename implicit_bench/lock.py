@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -26,10 +27,10 @@ class RunLocked(RuntimeError):
 class RunLock:
     """`with RunLock(folder) as lock:` holds FOLDER/run.lock, or raises RunLocked.
 
-    The file is made with O_EXCL, which NFS honours too. An owner on this machine is dead when its process is gone, or its
-    number now belongs to a process with another start time; one elsewhere when its heartbeat, a daemon thread that
-    touches the file each BEAT_S, is older than SILENCE_S by the file system's own clock, so that two machines' clocks need
-    not agree. As with every lease, an owner stopped for so long may wake up after it was replaced: `held()` tells it.
+    The file is made with O_EXCL, which NFS honours too. An owner on this machine is dead when its process is gone, or
+    its number now belongs to a process with another start time; one elsewhere when its heartbeat, a daemon thread that
+    touches the file each BEAT_S, is older than SILENCE_S by the file system's own clock, so that the clocks of two
+    machines need not agree. As with every lease, an owner that slept for so long may wake up replaced: `held()` tells.
     """
 
     def __init__(self, folder: str | Path, *, attempt: int = 1):
@@ -110,8 +111,12 @@ def _take(path: Path, attempt: int) -> str:
             "attempt": attempt,
             "since": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(content))
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(json.dumps(content))
+        except BaseException:  # the disk is full: leave no lock that names nobody
+            path.unlink(missing_ok=True)
+            raise
         return token
     raise RunLocked(busy or f"{path} names no owner; if nothing writes that run, delete it or wait a minute")
 
@@ -139,14 +144,16 @@ def _read(path: Path) -> Owner | None:
     """The owner as written; one without a pid if the file cannot be parsed; None if there is no file."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:  # opening makes NFS forget what it had cached
-            inode, text = os.fstat(file.fileno()).st_ino, file.read()
-    except FileNotFoundError:
-        return None
+            stat, text = os.fstat(file.fileno()), file.read()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return None
+        raise
     with contextlib.suppress(ValueError, TypeError, KeyError):
         found = json.loads(text)
         if found["pid"] > 0 and all(isinstance(found[key], str) for key in ("token", "host", "since")):
             return {"place": None, "process_start": None, **found}
-    return {"token": f"unread-{inode}", "place": None, "pid": None}
+    return {"token": f"unread-{stat.st_ino}-{stat.st_mtime_ns}", "place": None, "pid": None}
 
 
 def _alive(path: Path, found: Owner) -> bool:
@@ -177,9 +184,9 @@ def _running(pid: int, start: int | None) -> bool | None:
         return None
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OverflowError):  # another user's
+    except PermissionError:  # another user's
         pass
     state, started = _process(pid)
     return state not in ("Z", "X") and (start is None or started is None or start == started)

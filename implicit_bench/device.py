@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Literal
+
+import torch
+
+from . import clock
+
+
+class Device:
+    """The gpu group: where and in which precision a run computes.
+
+    device: auto is CUDA where there is a GPU. dtype: float32 and float64 are the dtype of everything; bfloat16 is
+    autocast over float32 weights (norms and residuals stay float32). threads: CPU threads, None = all cores.
+    """
+
+    def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto",
+                 dtype: Literal["float32", "float64", "bfloat16"] = "float32", threads: int | None = None,
+                 channels_last: bool = False, compile: bool = False, deterministic: bool = False,
+                 allocator: Literal["tuned", "default"] = "tuned"):  # fmt: skip
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("gpu=cuda, but torch sees no CUDA device here; use gpu=auto or gpu=cpu")
+        if threads is not None and threads < 1:
+            raise ValueError(f"gpu.threads={threads} must be at least 1")
+        kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.torch = torch.device(kind)
+        self.threads = threads or os.cpu_count() or 1
+        self.dtype = getattr(torch, dtype)
+        self.channels_last, self.compile, self.deterministic = channels_last, compile, deterministic
+        self.wants_policy = allocator == "tuned" and kind == "cpu"
+
+    def settings(self) -> dict[str, Any]:
+        """What of the group changes numbers or times, resolved for this machine: goes into the run's identity."""
+        return {"device": self.torch.type, "dtype": str(self.dtype).removeprefix("torch."), "threads": self.threads,
+                "channels_last": self.channels_last, "compile": self.compile, "deterministic": self.deterministic,
+                "allocator": "tuned" if self.wants_policy else "default"}  # fmt: skip
+
+    def begin(self) -> str:
+        """Apply the settings to this process; returns the allocator's policy, for the record."""
+        policy = clock.set_allocator_policy() if self.wants_policy else "default"
+        torch.set_num_threads(self.threads)
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(self.deterministic)
+        return policy
+
+    def place(self, model: torch.nn.Module) -> torch.nn.Module:
+        model = model.to(self.torch, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def images(self, x: torch.Tensor) -> torch.Tensor:
+        """A batch (B, C, H, W) in the dtype and memory layout of the model."""
+        if self.dtype == torch.float64:
+            x = x.double()
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype == torch.bfloat16:
+            return torch.autocast(self.torch.type, torch.bfloat16)
+        return contextlib.nullcontext()

@@ -1,0 +1,240 @@
+"""Metric sinks. They mirror metrics.jsonl and record.json; nothing is read back from them, and none can stop a run."""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import os
+import queue
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from .record import METRICS, slashed
+
+Values = Mapping[str, Any]  # METRICS keys, or any: dots and nested dicts become slashes
+GROUPS = ("model", "network", "init", "solver", "stop", "adjoint", "penalty", "recipe", "gpu", "dataset")
+
+
+class Sink(Protocol):
+    """`start`, then rows; `finish` in a finally, with the run's exit code. None raises; only wait and finish wait."""
+
+    def start(self, record: Values, folder: Path, *, resume: bool = False) -> None: ...
+    def wait(self, seconds: float) -> None: ...  # until started or given up: before anything is timed
+    def log(self, row: Values, step: int) -> None: ...  # a row of metrics.* holds `epoch` too
+    def summary(self, values: Values) -> None: ...
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
+    def image(self, name: str, path: str | Path) -> None: ...
+    def finish(self, exit_code: int = 0) -> None: ...
+
+
+class NoSink:
+    """logger=none."""
+
+    def start(self, record: Values, folder: Path, *, resume: bool = False) -> None: ...
+    def wait(self, seconds: float) -> None: ...
+    def log(self, row: Values, step: int) -> None: ...
+    def summary(self, values: Values) -> None: ...
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
+    def image(self, name: str, path: str | Path) -> None: ...
+    def finish(self, exit_code: int = 0) -> None: ...
+
+
+class Wandb:
+    """Weights & Biases, in a thread of its own: importing and starting it takes seconds, an unreachable server tens.
+
+    mode=auto is online where a key is configured and accepted, else offline (in FOLDER/wandb, for `wandb sync`), unless
+    WANDB_MODE says which. Whatever goes wrong is one line on stderr, and the run goes on. W&B's id is the run_id: a
+    resumed training continues it, a forced one replaces it, and bench and compare keep each attempt (-2, -3, ...).
+    Nothing about machine, code or environment is sent; our record holds what matters.
+    """
+
+    def __init__(self, mode: str = "auto", project: str = "implicit-bench", entity: str | None = None,
+                 group: str | None = None, init_timeout: float = 10, finish_timeout: float = 60,
+                 system_metrics: bool = False):  # fmt: skip
+        if mode not in ("auto", "online", "offline"):
+            raise ValueError(f"logger.mode is auto, online or offline, not {mode!r}; logger=none is for no W&B")
+        self.mode, self.project, self.entity, self.group = mode, project, entity, group
+        self.init_timeout, self.finish_timeout, self.system_metrics = init_timeout, finish_timeout, system_metrics
+        self.state = "off"  # starting, then online or offline; off before, after, and when W&B failed
+        self.place = ""  # the run's page, or its folder for wandb sync
+        self._pid = 0
+
+    def start(self, record: Values, folder: Path, *, resume: bool = False) -> None:
+        mode = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        if mode == "disabled":
+            return
+        self.state, self.place, self._pid = "starting", "", os.getpid()
+        self._run: Any = None
+        self._jobs: queue.SimpleQueue[Callable[[], Any] | int] = queue.SimpleQueue()  # an exit code ends them
+        self._ready = threading.Event()
+        identity = self._identity(record, Path(folder), resume)
+        self._thread = threading.Thread(target=self._work, args=(mode, identity), name="wandb", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> None:
+        if self._ours():
+            self._ready.wait(seconds)
+
+    def log(self, row: Values, step: int) -> None:
+        values = {"step": step, **_flat(row)}  # W&B's own step stays unused: it drops rows that a resumed run repeats
+        self._put(lambda: self._run.log(values))
+
+    def summary(self, values: Values) -> None:
+        flat = _flat(values)
+        self._put(lambda: self._run.summary.update(flat))
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        def job() -> None:
+            import wandb
+
+            self._run.log({slashed(name): wandb.Table(names, data, allow_mixed_types=True)})
+
+        names: list[str | int] = [*columns]
+        data = [list(row) for row in rows]
+        self._put(job)
+
+    def image(self, name: str, path: str | Path) -> None:
+        def job() -> None:
+            import wandb
+
+            drawing = Path(path).suffix == ".svg"  # W&B's images are bitmaps
+            self._run.log({slashed(name): wandb.Html(Path(path).read_text()) if drawing else wandb.Image(str(path))})
+
+        self._put(job)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """End the W&B run. Waits for uploads, init_timeout + finish_timeout seconds at most."""
+        if not self._ours():
+            return
+        self._jobs.put(exit_code)
+        self._thread.join(self.init_timeout + self.finish_timeout)
+        if self._thread.is_alive():
+            self._off("has not finished in time")
+        atexit.unregister(self._drain)
+        self._pid, self.state = 0, "off"
+
+    def _identity(self, record: Values, folder: Path, resume: bool) -> dict[str, Any]:
+        """What wandb.init gets, copied: the run goes on and changes its record."""
+        training, attempt, picked = record["command"] == "train", record.get("attempt") or 1, choices(record["config"])
+        name = [picked.get("model"), picked.get("solver"), picked.get("dataset"), f"s{record['config'].get('seed', 0)}"]
+        labels = {**{key: record.get(key) for key in ("experiment", "protocol", "length")}, **picked}
+        return {
+            "project": self.project,
+            "entity": self.entity,
+            "group": self.group or record.get("experiment"),
+            "job_type": "train" if training else "bench",
+            "id": record["run_id"] if training or attempt == 1 else f"{record['run_id']}-{attempt}",
+            "name": "-".join(filter(None, name)) if training else folder.name.removesuffix(f"-{record['run_id']}"),
+            "tags": sorted(f"{group}={value}"[:64] for group, value in labels.items() if value not in (None, "none")),
+            "config": copy.deepcopy(record["config"]),
+            "resume": "allow" if training and resume else None,
+            "dir": str(folder),
+        }
+
+    def _work(self, mode: str, identity: dict[str, Any]) -> None:
+        """The thread, the only caller of wandb."""
+        try:
+            Path(identity["dir"], "wandb").mkdir(parents=True, exist_ok=True)  # else wandb falls back to /tmp
+            self._open(mode, identity)
+        except Exception as error:
+            self._off(f"could not start ({_line(error)})")
+        self._ready.set()
+        while not isinstance(job := self._jobs.get(), int):
+            try:
+                job()
+            except Exception as error:
+                self._off(f"failed ({_line(error)})")
+        try:
+            if self._run is not None:
+                self._run.finish(job)
+        except Exception as error:
+            self._off(f"failed at the end ({_line(error)})")
+
+    def _open(self, mode: str, identity: dict[str, Any]) -> None:
+        import wandb
+
+        options: dict[str, Any] = {
+            "silent": True, "quiet": True, "console": "off", "init_timeout": self.init_timeout,
+            "finish_timeout": self.finish_timeout, "reinit": "create_new", "host": "", "save_code": False,
+            "disable_git": True, "disable_code": True, "disable_job_creation": True, "x_disable_meta": True,
+            "x_disable_machine_info": True, "x_save_requirements": False, "x_disable_stats": not self.system_metrics,
+        }  # fmt: skip
+        known = set(wandb.Settings.model_fields)  # x_ ones come and go between versions
+        settings = wandb.Settings(**{key: value for key, value in options.items() if key in known})
+        reason, state = "", "offline"
+        if mode not in ("offline", "dryrun"):
+            try:
+                wandb.setup(wandb.Settings(silent=True, quiet=True))
+                if wandb.login(prompt=False):
+                    self._run, state = wandb.init(mode="online", settings=settings, **identity), "online"
+                else:
+                    reason = " (no key found)"
+            except Exception as error:  # a wrong key, or no network
+                reason = f" ({_line(error)})"
+        if self._run is None:
+            self._run = wandb.init(mode="offline", settings=settings, **identity)
+        atexit.register(self._drain)
+        self._run.define_metric("*", step_metric="step")
+        for metric in METRICS:
+            if metric.key.startswith("metrics."):
+                self._run.define_metric(slashed(metric.key), step_metric="epoch")
+        if state == "online":
+            self.place = str(self._run.url or "")
+            _say(f"W&B online: {self.place}")
+        else:
+            self.place = self._run.settings.sync_dir.removeprefix(os.getcwd() + os.sep)
+            _say(f"W&B offline{reason}; upload later with: wandb sync {shlex.quote(self.place)}")
+        self.state = state
+
+    def _drain(self) -> None:
+        """At exit without a finish: rows first, then wandb's own hook ends the run with the process's exit code."""
+        done = threading.Event()
+        if self._ours():
+            self._jobs.put(done.set)
+            done.wait(self.init_timeout)
+
+    def _off(self, what: str) -> None:
+        if self.state != "off":
+            self.state = "off"
+            _say(f"W&B {what}; the run goes on without it, metrics.jsonl has every row")
+
+    def _put(self, job: Callable[[], Any]) -> None:
+        if self._ours():
+            self._jobs.put(lambda: job() if self.state != "off" else None)
+
+    def _ours(self) -> bool:
+        return self._pid == os.getpid()  # a forked worker has no thread to do jobs
+
+
+def choices(config: Values) -> dict[str, str]:
+    """What each config group was set to: its `name`, else its class in lower case; of penalties, all there are."""
+    found = {}
+    for group in GROUPS:
+        value = config.get(group)
+        if group == "penalty" and isinstance(value, Mapping):
+            found[group] = "+".join(value)
+        elif isinstance(value, Mapping):
+            found[group] = str(value.get("name") or str(value.get("_target_", "")).rpartition(".")[2].lower())
+    return {group: name for group, name in found.items() if name}
+
+
+def _flat(values: Values) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{slashed(key)}/{rest}": item for rest, item in _flat(value).items()})
+        elif value is not None:
+            flat[slashed(key)] = value.item() if getattr(value, "ndim", None) == 0 else value
+    return flat
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

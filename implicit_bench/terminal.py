@@ -1,0 +1,72 @@
+"""What a user reads: results on stdout, progress on stderr; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+INDENT = " " * 8
+
+
+def say(label: str, text: str, *, err: bool = False) -> None:
+    """`label   text`, the label in eight columns; further lines of the text are indented below it."""
+    stream = sys.stderr if err else sys.stdout
+    first, *rest = text.split("\n")
+    style = label if not _colour(stream) else f"\033[1m{label}\033[0m"
+    print(f"{style}{' ' * (8 - len(label))}{first}", *(f"{INDENT}{line}" for line in rest), sep="\n", file=stream, flush=True)
+
+
+def _colour(stream: Any) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, without an exponent where that is short; a dash for what was not measured."""
+    if value is None or value != value:
+        return "–"
+    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.{digits}g}"
+
+
+class Bar:
+    """A progress bar with time left on a terminal; nothing elsewhere. Lines printed through it stay above it."""
+
+    def __init__(self, total: int, unit: str, done: int = 0):
+        self._progress: Any = None
+        self._next = 0.0
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(TextColumn(" "), BarColumn(None), MofNCompleteColumn(), TextColumn(unit),
+                                      TextColumn("{task.description}"), TextColumn("· left"), TimeRemainingColumn(),
+                                      console=Console(stderr=True), auto_refresh=False, transient=True)  # fmt: skip
+            self._task = self._progress.add_task("", total=total, completed=done)
+            self._progress.start()
+
+    def at(self, done: int, text: Any = str) -> None:
+        """`text()` is only asked for when the bar is redrawn, five times a second at most."""
+        if self._progress is not None and (now := time.perf_counter()) >= self._next:
+            self._progress.update(self._task, completed=done, description=text(), refresh=True)
+            self._next = now + 0.2
+
+    def line(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()

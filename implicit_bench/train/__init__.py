@@ -1,0 +1,10 @@
+"""Training: the step, the loop, checkpoints, evaluation."""
+
+from .checkpoint import CheckpointError
+from .evaluate import accuracy_within, budgets, evaluate
+from .loop import Fit, Interrupted
+from .recipe import Recipe
+from .step import NonFinite, Step, Tally
+
+__all__ = ["CheckpointError", "Fit", "Interrupted", "NonFinite", "Recipe", "Step", "Tally", "accuracy_within", "budgets",
+           "evaluate"]  # fmt: skip

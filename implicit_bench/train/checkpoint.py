@@ -1,0 +1,86 @@
+"""Checkpoints: one file written whole or not at all, checked before it is believed, two kept."""
+
+from __future__ import annotations
+
+import os
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAMES = ("last.pt", "previous.pt")
+
+
+class CheckpointError(RuntimeError):
+    """No usable checkpoint where one was expected; the message names the file and the remedy."""
+
+
+def save(folder: Path, content: dict[str, Any]) -> None:
+    """Write last.pt; the one before it becomes previous.pt. A crash at any moment leaves a whole checkpoint."""
+    last, previous = (folder / name for name in NAMES)
+    temporary = folder / f".last.pt.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({**content, "rng": rng_state()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if last.exists():
+            previous.unlink(missing_ok=True)
+            os.link(last, previous)
+        os.replace(temporary, last)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(folder: Path, device: torch.device, say: Any) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run, None if it has none. A broken one is passed over, said aloud.
+
+    Raises CheckpointError when there are checkpoints and none can be read. Never unpickles more than plain data.
+    """
+    broken = []
+    for path in (folder / name for name in NAMES):
+        if not path.exists():
+            continue
+        try:
+            content = read(path, device)
+        except CheckpointError as error:
+            broken.append(str(error))
+            continue
+        if broken:
+            say(f"{broken[0]}; going on from {path.name}, step {content['step']}")
+        return content
+    if broken:
+        raise CheckpointError(f"{broken[0]}; delete {folder} to train afresh")
+    return None
+
+
+def read(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()  # torch.load does not check the members' CRCs
+        if bad:
+            raise CheckpointError(f"{path} is damaged ({bad} fails its checksum)")
+        return torch.load(path, map_location=device, weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path} is damaged or truncated ({reason[0][:120]})") from None
+
+
+def rng_state() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..clock import summary
+from ..data import Data
+from ..device import Device
+from ..models import Classifier
+from ..record import Jsonl
+from ..terminal import Bar, duration, number
+from . import checkpoint
+from .evaluate import evaluate
+from .recipe import Recipe
+from .step import Step, Tally
+
+KEPT_TIMES = 5000  # the latest steps' times, in the checkpoint too
+COLD_STEPS = 10  # first steps, left out of the figures
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM: the step was finished and the state saved."""
+
+
+@contextmanager
+def finishing_on_signals() -> Iterator[Callable[[], bool]]:
+    """Within, SIGINT and SIGTERM only set a flag that the loop asks for; a second SIGINT acts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def note(signum: int, frame: Any) -> None:
+        if asked.is_set() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and what a checkpoint holds beside the weights."""
+
+    epoch: int = 0  # epochs begun
+    batch: int = 0  # batches of it taken
+    best_epoch: int | None = None
+    best_val_acc: float = -1.0
+    last: dict[str, Any] = field(default_factory=dict)  # the last epoch's row
+    tally: dict[str, float] = field(default_factory=dict)  # of the epoch so far
+    times: dict[str, list[float]] = field(default_factory=dict)
+    cold_s: float | None = None
+
+
+class Fit:
+    """The training loop over one Step: epochs, validation, rows, checkpoints, progress. Resumes bit for bit (CPU).
+
+    rows: called with a dict and the step, for JSONL and for every other sink.
+    """
+
+    def __init__(self, model: Classifier, step: Step, data: Data, recipe: Recipe, device: Device, seed: int,
+                 folder: Path, jsonl: Jsonl, rows: Callable[[dict[str, Any], int], None], log_steps: int,
+                 save_s: float):  # fmt: skip
+        self.model, self.step, self.data, self.recipe, self.device = model, step, data, recipe, device
+        self.seed, self.folder, self.jsonl, self.rows = seed, folder, jsonl, rows
+        self.log_steps, self.save_s = log_steps, save_s
+        self.steps_an_epoch = recipe.steps_an_epoch(len(data.train))
+        self.total = recipe.total_steps(len(data.train))
+        self.at = Progress()
+        self.saved_step = -1
+        self._generator = torch.Generator(device.torch)
+
+    def resume(self, say: Callable[[str], None]) -> int | None:
+        """Take up the newest whole checkpoint; returns its step, None if there is none."""
+        found = checkpoint.load(self.folder, self.device.torch, say)
+        if found is None:
+            return None
+        self.model.load_state_dict(found["model"])
+        self.step.optimizer.load_state_dict(found["optimizer"])
+        self.step.schedule.load_state_dict(found["schedule"])
+        self.step.taken, self.step.nonfinite = found["step"], found["nonfinite"]
+        self.at = Progress(**found["progress"])
+        self.jsonl.truncate(found["jsonl"])
+        checkpoint.set_rng_state(found["rng"])
+        self.saved_step = self.step.taken
+        return self.step.taken
+
+    def save(self, tally: Tally | None = None) -> None:
+        if tally is not None:
+            tally.settle()
+            self.at.tally = tally.sums
+        self._collect_times()
+        checkpoint.save(self.folder, {
+            "model": self.model.state_dict(), "optimizer": self.step.optimizer.state_dict(),
+            "schedule": self.step.schedule.state_dict(), "step": self.step.taken, "nonfinite": self.step.nonfinite,
+            "progress": vars(self.at), "jsonl": self.jsonl.offset(),
+        })  # fmt: skip
+        self.saved_step = self.step.taken
+
+    def run(self, say: Callable[[str], None]) -> None:
+        """Train to the end. Raises Interrupted after saving, NonFinite without."""
+        bar = Bar(self.total, "steps", self.step.taken)
+        bar.line(" epoch   loss   val acc   nfe f/b     residual   converged   ms/step")
+        try:
+            with finishing_on_signals() as asked:
+                while self.step.taken < self.total:
+                    self._epoch(bar, asked, say)
+        finally:
+            bar.close()
+
+    def _epoch(self, bar: Bar, asked: Callable[[], bool], say: Callable[[str], None]) -> None:
+        at, step, data, B = self.at, self.step, self.data, self.recipe.batch
+        if at.batch == 0:
+            at.epoch += 1
+        order = data.order(len(data.train), self.seed, at.epoch)
+        tally = Tally(at.tally)
+        last_save = time.perf_counter()
+        began, first = last_save, step.taken
+        steps = min(self.steps_an_epoch - at.batch, self.total - step.taken)
+        for _ in range(steps):
+            x, y = data.batch(data.train, order[at.batch * B : (at.batch + 1) * B], self._augment(at.epoch, at.batch))
+            task, out = step(self.device.images(x), y)
+            tally.add(task, out.logits, y, out, step.start_calls)
+            at.batch += 1
+            if at.cold_s is None:
+                at.cold_s = time.perf_counter() - began
+            bar.at(step.taken, lambda: self._live(tally))
+            if step.taken - first == COLD_STEPS:
+                self._warn_if_long((time.perf_counter() - began - at.cold_s) / (COLD_STEPS - 1), say)
+            if step.taken % self.log_steps == 0:
+                self._row(_named(tally.means()))
+            if asked():
+                self.save(tally)
+                raise Interrupted
+            if time.perf_counter() - last_save > self.save_s:
+                self.save(tally)
+                last_save = time.perf_counter()
+        self._close_epoch(tally, bar)
+
+    def _close_epoch(self, tally: Tally, bar: Bar) -> None:
+        at, data = self.at, self.data
+        self._collect_times()
+        train = tally.means()
+        val: dict[str, Any] = {}
+        if len(data.val):
+            val = evaluate(self.model, data, data.val, self.recipe.eval_batch, self.device)
+            if val["acc"] > at.best_val_acc:
+                at.best_epoch, at.best_val_acc = at.epoch, val["acc"]
+        ms = summary(at.times["step"][-self.steps_an_epoch :])["median"]
+        row = {"epoch": at.epoch, "lr": self.step.optimizer.param_groups[0]["lr"], "timing.step_ms": ms, **_named(train)}
+        row |= {f"metrics.val_{k}": val[k] for k in ("acc", "loss") if k in val}
+        self._row(row)
+        nfe = f"{number(train['nfe_forward'])}/{number(train['nfe_backward'])}"
+        bar.line(f"{at.epoch:6d} {train['loss']:7.3f}  {number(val.get('acc')):>6}   {nfe:<10}  "
+                 f"{number(train['residual'], 2):>8}   {train['converged_fraction']:7.0%}   {number(ms):>9}")  # fmt: skip
+        at.last, at.batch, at.tally = row, 0, {}
+        self.save()
+
+    def _row(self, row: dict[str, Any]) -> None:
+        row = {"step": self.step.taken, **row}
+        self.jsonl.append(row)
+        self.rows(row, self.step.taken)
+
+    def _augment(self, epoch: int, batch: int) -> torch.Generator | None:
+        """A generator whose state is a function of seed, epoch and batch, so that resuming needs nothing saved."""
+        if not (self.data.flip or self.data.pad):
+            return None
+        return self._generator.manual_seed(((self.seed * 100_003 + epoch) * 1_000_003 + batch) % 2**63)
+
+    def _collect_times(self) -> None:
+        laps = self.step.timer.drain(wait=True)
+        if not laps:
+            return
+        laps["step"] = [sum(parts) for parts in zip(*laps.values())]
+        for name, values in laps.items():
+            self.at.times[name] = [*self.at.times.get(name, ()), *values][-KEPT_TIMES:]
+
+    def _live(self, tally: Tally) -> str:
+        m = tally.means()
+        return f"loss {m['loss']:.3f} · acc {m['acc']:.3f} · nfe {number(m['nfe_forward'])}"
+
+    def _warn_if_long(self, step_s: float, say: Callable[[str], None]) -> None:
+        left = step_s * (self.total - self.step.taken)
+        if left > 3600:
+            short = step_s * 3 * self.steps_an_epoch
+            say(f"about {duration(left)} on this machine at {number(step_s * 1e3)} ms a step; length=short trains 3 "
+                f"epochs in {duration(short)}, length=smoke 50 steps in {duration(step_s * 50)}")  # fmt: skip
+
+
+def _named(means: Mapping[str, float]) -> dict[str, float]:
+    """A tally's means under their METRICS keys."""
+    solve = ("nfe_forward", "nfe_backward", "linear_iterations", "residual", "rhs_norm", "converged_fraction")
+    return {"metrics.train_loss": means["loss"], "metrics.train_acc": means["acc"],
+            **{f"solve.{key}": means[key] for key in solve if key in means}}  # fmt: skip

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+
+
+@dataclass
+class Recipe:
+    """How to train. Steps, not epochs, are the unit of schedules; lr falls to lr_min (cosine) or by gamma (step).
+
+    weight_decay is decoupled under adamw, an L2 term under adam and sgd. clip bounds the gradient's norm.
+    pretrain_steps at first use `pretrain_depth` plain applications of the cell instead of a solve, as the papers do.
+    on_nonfinite: a loss or gradient that is not finite ends the run, or its step is skipped and counted.
+    """
+
+    epochs: int = 20
+    batch: int = 32
+    eval_batch: int = 500
+    max_steps: int | None = None  # ends the run early, schedule and all
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.9  # sgd
+    nesterov: bool = False
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    lr_min: float = 1e-5
+    milestones: list[int] = field(default_factory=list)  # steps at which schedule=step multiplies lr by gamma
+    gamma: float = 0.1
+    clip: float | None = None
+    pretrain_steps: int = 0
+    pretrain_depth: int = 5
+    on_nonfinite: Literal["raise", "skip_step"] = "raise"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "eval_batch", "pretrain_depth", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"recipe.{name}={getattr(self, name)} must be positive")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"recipe.clip={self.clip} must be positive, or null for none")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"recipe.max_steps={self.max_steps} must be positive, or null for no limit")
+
+    def steps_an_epoch(self, n_train: int) -> int:
+        """Whole batches only; an incomplete last one is left out of the epoch."""
+        if n_train < self.batch:
+            raise ValueError(f"recipe.batch={self.batch} is more than the {n_train} training images")
+        return n_train // self.batch
+
+    def total_steps(self, n_train: int) -> int:
+        total = self.epochs * self.steps_an_epoch(n_train)
+        return total if self.max_steps is None else min(total, self.max_steps)
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        settings: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": True}
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, momentum=self.momentum, nesterov=self.nesterov, **settings)
+        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer](parameters, **settings)
+
+    def make_schedule(self, optimizer: Optimizer, total_steps: int) -> lr_scheduler.LRScheduler:
+        if self.schedule == "cosine":
+            return lr_scheduler.CosineAnnealingLR(optimizer, total_steps, self.lr_min)
+        if self.schedule == "step":
+            return lr_scheduler.MultiStepLR(optimizer, self.milestones, self.gamma)
+        return lr_scheduler.ConstantLR(optimizer, 1.0)

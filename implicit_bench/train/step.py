@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from ..clock import StepTimer
+from ..core import Status
+from ..device import Device
+from ..models import Classifier, Output, Penalty
+from .recipe import Recipe
+
+
+class NonFinite(RuntimeError):
+    """A loss or a gradient was not finite under recipe.on_nonfinite=raise."""
+
+
+class Tally:
+    """Sums over samples of what steps report. `add` only keeps references; the arithmetic is done when asked for."""
+
+    def __init__(self, sums: Mapping[str, float] | None = None):
+        self.sums: dict[str, float] = dict(sums or {})
+        self._pending: list[tuple[Tensor, Tensor, Tensor, Output, int]] = []
+
+    def add(self, loss: Tensor, logits: Tensor, y: Tensor, out: Output, start_calls: int) -> None:
+        self._pending.append((loss.detach(), logits.detach(), y, out._replace(logits=logits.detach()), start_calls))
+        if len(self._pending) >= 64:
+            self.settle()
+
+    def settle(self) -> None:
+        for loss, logits, y, out, start_calls in self._pending:
+            layer, n = out.layer, len(y)
+            back, stats = layer.backward, layer.solution.stats
+            extra = start_calls + back.forward_calls
+            values: dict[str, float | Tensor] = {
+                "n": n, "batches": 1, "loss": loss * n, "correct": (logits.argmax(1) == y).sum(),
+                "nfe_forward": stats.calls + extra, "nfe_sample": stats.nfe.sum() + extra * n,
+                "nfe_backward": back.vjps, "residual": stats.residual.sum(),
+            }  # fmt: skip
+            if back.iterations is not None and back.rhs_norm is not None:
+                values |= {"linear_iterations": back.iterations.sum(), "rhs_norm": back.rhs_norm.sum()}
+            for status, count in enumerate(torch.bincount(layer.solution.status, minlength=len(Status)).tolist()):
+                values[f"status_{Status(status).name}"] = count
+            for key, value in values.items():
+                self.sums[key] = self.sums.get(key, 0.0) + float(value)
+        self._pending.clear()
+
+    def means(self) -> dict[str, float]:
+        """loss, acc, nfe_forward and nfe_backward a batch; the rest a sample. converged: of samples that could."""
+        self.settle()
+        s = self.sums
+        if not s.get("n"):
+            return {}
+        n, batches = s["n"], s["batches"]
+        out = {"loss": s["loss"] / n, "acc": s["correct"] / n, "nfe_forward": s["nfe_forward"] / batches,
+               "nfe_backward": s["nfe_backward"] / batches, "nfe_sample": s["nfe_sample"] / n,
+               "residual": s["residual"] / n}  # fmt: skip
+        if "linear_iterations" in s:
+            out |= {"linear_iterations": s["linear_iterations"] / n, "rhs_norm": s["rhs_norm"] / n}
+        counts = self.status_counts()
+        out["converged_fraction"] = (counts.get("CONVERGED", 0) + counts.get("REACHED_END", 0)) / n
+        return out
+
+    def status_counts(self) -> dict[str, int]:
+        self.settle()
+        return {k.removeprefix("status_"): int(v) for k, v in self.sums.items() if k.startswith("status_") and v}
+
+
+class Step:
+    """One training step: forward, backward, update, each timed; the statistics are taken after the clock has stopped.
+
+    Used by training and by bench alike, so that what is timed is what trains.
+    """
+
+    def __init__(self, model: Classifier, penalties: Sequence[Penalty], recipe: Recipe, device: Device, total_steps: int):
+        self.model, self.penalties, self.recipe, self.device = model, penalties, recipe, device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = recipe.make_optimizer(self.parameters)
+        self.schedule = recipe.make_schedule(self.optimizer, total_steps)
+        self.timer = StepTimer(device.torch)
+        self.start_calls: int = model.layer.init.calls  # type: ignore[assignment]
+        self.taken, self.nonfinite = 0, 0
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Output]:
+        """x (B, C, H, W), y (B,) -> task loss () and the model's output. Raises NonFinite."""
+        depth = self.recipe.pretrain_depth if self.taken < self.recipe.pretrain_steps else 0
+        self.timer.start()
+        with self.device.autocast():
+            out: Output = self.model(x, depth)
+            loss = task = nnf.cross_entropy(out.logits, y)
+            for penalty in self.penalties:
+                loss = loss + penalty(out.layer)
+        self.timer.lap("forward")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.timer.lap("backward")
+        bound = self.recipe.clip if self.recipe.clip is not None else float("inf")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if bound < float("inf"):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, bound, norm)
+        sane = self.recipe.on_nonfinite == "raise" or bool((norm + loss.detach()).isfinite())
+        if sane:  # under raise the answer is read after the clock has stopped: no wait inside a step
+            self.optimizer.step()
+        else:
+            self.nonfinite += 1
+        self.schedule.step()
+        self.timer.lap("optimizer")
+        self.taken += 1
+        if self.recipe.on_nonfinite == "raise" and not bool((norm + loss.detach()).isfinite()):
+            raise NonFinite(f"the loss ({float(task):.3g}) or its gradient (norm {float(norm):.3g}) was not finite at "
+                            f"step {self.taken}; lower recipe.lr, set recipe.clip=1, or use "
+                            "recipe.on_nonfinite=skip_step")  # fmt: skip
+        return task, out
