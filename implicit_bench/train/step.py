@@ -37,7 +37,7 @@ class Tally:
             values: dict[str, float | Tensor] = {
                 "n": n, "batches": 1, "loss": loss * n, "correct": (logits.argmax(1) == y).sum(),
                 "nfe_forward": stats.calls + extra, "nfe_sample": stats.nfe.sum() + extra * n,
-                "nfe_backward": back.vjps, "residual": stats.residual.sum(),
+                "nfe_backward": back.vjps, "calls_backward": back.calls, "residual": stats.residual.sum(),
             }  # fmt: skip
             if back.iterations is not None and back.rhs_norm is not None:
                 values |= {"linear_iterations": back.iterations.sum(), "rhs_norm": back.rhs_norm.sum()}
@@ -55,7 +55,7 @@ class Tally:
             return {}
         n, batches = s["n"], s["batches"]
         out = {"loss": s["loss"] / n, "acc": s["correct"] / n, "nfe_forward": s["nfe_forward"] / batches,
-               "nfe_backward": s["nfe_backward"] / batches, "nfe_sample": s["nfe_sample"] / n,
+               "nfe_backward": s["nfe_backward"] / batches, "nfe_sample": s["nfe_sample"] / n, "calls_backward": s["calls_backward"] / batches,
                "residual": s["residual"] / n}  # fmt: skip
         if "linear_iterations" in s:
             out |= {"linear_iterations": s["linear_iterations"] / n, "rhs_norm": s["rhs_norm"] / n}

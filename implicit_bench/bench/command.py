@@ -1,0 +1,184 @@
+"""`implicit-bench bench`: rows, rounds, ratios, record."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .. import clock, config, record
+from ..device import Device
+from ..lock import RunLock
+from ..log import Sink
+from ..report import plots, tables
+from ..terminal import Bar, duration, number, say
+from .ratios import Comparison, Figures, comparisons
+from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round
+
+FILES = ("record.json", "table.md", "speedup.svg", "metrics.jsonl")
+
+
+def seconds(text: str | int | float | None) -> float | None:
+    """20s, 5m, 1h or a plain number of seconds."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(text))
+    if not match or not float(match[1]):
+        raise config.UsageError(f"time={text!r} is not a time; write 20s, 5m or 1h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
+    """Time the jobs against each other; 0, or 1 when a row failed. Raises UsageError before anything runs."""
+    began = time.perf_counter()
+    if len(jobs) < 2:
+        raise config.UsageError("bench compares two rows or more; list values, such as model=neural_ode,cdeq")
+    first = jobs[0].config
+    budget, rounds = seconds(first["time"]), first["rounds"]
+    if budget is None and (not isinstance(rounds, int) or rounds < 1):
+        raise config.UsageError(f"rounds={rounds!r} is not possible; write a whole number, 40 or more for an interval")
+    devices: list[Device] = [config.make(job.config["gpu"], "gpu") for job in jobs]
+    configs = [{**job.config, "gpu": device.settings()} for job, device in zip(jobs, devices)]
+    refuse_unlike(configs)
+    dataset = jobs[0].choices["dataset"]
+    pruned = [{k: v for k, v in c.items() if k not in record.LABELS} for c in configs]
+    identity = {"rows": pruned, "rounds": rounds if budget is None else None, "time": budget}
+    folder = Path(first["paths"]["runs"]) / record.folder_name("bench", dataset, None, record.run_id(identity))
+    with RunLock(folder):
+        attempt = _set_aside(folder)
+        rec = record.new_record("bench", identity, attempt=attempt, protocol=jobs[0].choices.get("protocol"),
+                                experiment=jobs[0].choices.get("experiment"))  # fmt: skip
+        rec["environment"] = {**clock.fingerprint(), "allocator": devices[0].begin(), "world_size": 1}
+        data = config.make(first["dataset"], "dataset").load(
+            Path(first["paths"]["data"]), devices[0].torch, fetch=lambda line: say("data", line))  # fmt: skip
+        rec["data"] = {"name": data.name, "sha256": data.sha256, "n_train": len(data.train), "n_val": len(data.val),
+                       "n_test": len(data.test)}  # fmt: skip
+        names = labels(jobs, words)
+        rows = make_rows(jobs, names, data, devices)
+        sink: Sink = config.make(first["logger"], "logger")
+        sink.start(rec, folder)
+        sink.wait(30)  # nothing else may run while the clock does
+        try:
+            return _run(rows, rec, folder, sink, rounds, budget, began)
+        except BaseException as error:
+            rec["status"], rec["error"] = "failed", f"{type(error).__name__}: {error}"
+            record.write_record(folder, rec)
+            sink.finish(1)
+            raise
+
+
+def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rounds: int | None,
+         budget: float | None, began: float) -> int:  # fmt: skip
+    alone = clock.Alone()
+    step_ms = [row.warm_up() for row in rows]
+    unsettled = [row.label for row in rows if row.warm and not row.warm.settled]
+    k = steps_a_round(step_ms)
+    expected = budget or (rounds or 0) * k * sum(step_ms) * 1.5e-3
+    say("plan", f"{len(rows)} rows × {f'{rounds} rounds' if budget is None else duration(budget)} of {k} steps, about "
+        f"{duration(expected)}; Ctrl-C prints what there is", err=True)  # fmt: skip
+    units = [row.unit_costs() for row in rows]
+    jsonl = record.Jsonl(folder / "metrics.jsonl")
+    bar = Bar(rounds or 0, "rounds")
+
+    def on_round(done: int, figures: dict[str, dict[str, float]]) -> None:
+        jsonl.append({"step": done, **figures})
+        bar.at(done)
+
+    samples = clock.interleave({row.label: lambda r=row: r.measure(k) for row in rows},  # type: ignore[misc]
+                               rounds=rounds if budget is None else None, seconds=budget, on_round=on_round)  # fmt: skip
+    bar.close()
+    rec["environment"]["alone"] = alone.read()
+    figures = [Figures(row.label, row.name, samples.rows[row.label], row.tally.means(), f, vjp, row.parameters,
+                       row.job.config["solver"], row.model.layer.stop.needs_equilibrium and row.job.choices["stop"] == "residual")
+               for row, (f, vjp) in zip(rows, units) if row.label in samples.rows and samples.rounds]  # fmt: skip
+    found = comparisons(figures) if len(figures) > 1 else []
+    table = _table(figures, samples.failed)
+    _print(rows, samples, found, table, rec, unsettled, k)
+    rec["steps"] = samples.rounds * k
+    rec["timing"]["cold_s"] = sum(row.warm.cold_s for row in rows if row.warm)
+    rec["memory"]["peak_mib"] = clock.peak_memory_mib(rows[0].device.torch)
+    rec |= {"rows": [_row(f) for f in figures], "ratios": [c.record() for c in found], "failed_rows": samples.failed,
+            "rounds": samples.rounds, "steps_a_round": k, "unsettled": unsettled}  # fmt: skip
+    (folder / "table.md").write_text(tables.markdown(*table) + "\n" + "\n".join(f"- {_line(c)}" for c in found) + "\n")
+    bars = [(f"{c.id} {c.slower.label} / {c.faster.label}, {c.measure}", c.ratio.value, c.ratio.low, c.ratio.high)
+            for c in found]  # fmt: skip
+    if bars:
+        plots.speedup_bars(folder / "speedup.svg", bars, f"{rec['data']['name']}, batch {rows[0].recipe.batch}, "
+                           f"{samples.rounds} paired rounds, {rec['environment'].get('cpu')}")  # fmt: skip
+        sink.image("speedup", folder / "speedup.svg")
+    sink.table("rows", *table)
+    sink.summary({f"ratio.{c.id}.{c.slower.label}_over_{c.faster.label}.{c.measure}": c.ratio.value for c in found})
+    code = 1 if samples.failed else 0
+    rec["status"] = "interrupted" if samples.interrupted else "failed" if samples.failed else "done"
+    rec["error"] = "; ".join(f"{k}: {v}" for k, v in samples.failed.items()) or None
+    rec["timing"]["total_s"] = time.perf_counter() - began
+    rec["finished_at"] = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    record.write_record(folder, rec)
+    sink.finish(code)
+    say("wrote", f"{folder}/   record.json · table.md · speedup.svg")
+    return code
+
+
+def _set_aside(folder: Path) -> int:
+    """Keep the attempt before under its own names; returns the number of this one."""
+    if not (folder / "record.json").exists():
+        return 1
+    before = record.read_record(folder)["attempt"]
+    for name in FILES:
+        if (folder / name).exists():
+            (folder / name).rename(folder / f"attempt-{before}.{name}")
+    return before + 1
+
+
+def _table(figures: Sequence[Figures], failed: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    columns = ["model", "params", "train ms", "backward", "predict", "nfe f/b", "residual", "capped", "×floor"]
+    rows = []
+    for f in figures:
+        m = f.means
+        rows.append([f.label, f"{f.parameters:,}", number(f.median("train")), number(f.median("backward")),
+                     number(f.median("predict")), f"{f.f_calls:.1f}/{m['nfe_backward']:.1f}",
+                     number(m["residual"], 2) if f.ends_at_residual else "–",
+                     f"{1 - m['converged_fraction']:.0%}" if f.ends_at_residual else "–",
+                     f"{f.median('train') / f.floor_ms:.2f}"])  # fmt: skip
+    return columns, rows + [[label, *["failed"] * 8] for label in failed]
+
+
+def _line(c: Comparison) -> str:
+    r = c.ratio
+    caveat = f"   ({'; '.join(c.caveats)})" if c.caveats else ""
+    paper = f"   paper {c.paper}" if c.paper else ""
+    return (f"{c.id:<3} {c.slower.label} / {c.faster.label}   {c.measure}   {r.value:.2f}× [{r.low:.2f}, {r.high:.2f}]   "
+            f"{r.verdict}{paper}{caveat}")  # fmt: skip
+
+
+def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparison],
+           table: tuple[list[str], list[list[str]]], rec: dict[str, Any], unsettled: Sequence[str], k: int) -> None:  # fmt: skip
+    env = rec["environment"]
+    shared = "same data, batch and threads, interleaved"
+    say("bench", f"{' · '.join(row.label for row in rows)}: {shared}, {samples.rounds} rounds of {k} steps, "
+        f"{duration(samples.seconds)}")  # fmt: skip
+    quiet = {True: "nothing else running", False: "NOT alone on the machine", None: "load unknown"}[env["alone"]]
+    units = rows[0]
+    say("machine", f"{env.get('cpu')} · {rec['config']['rows'][0]['gpu']['threads']} threads · torch {env.get('torch')} · "
+        f"allocator {env.get('allocator')} · {quiet} · batch {units.recipe.batch}")  # fmt: skip
+    if unsettled:
+        say("warm", f"{', '.join(unsettled)} not settled within 2 % after 10 passes")
+    print(tables.text(*table))
+    for label, error in samples.failed.items():
+        say("failed", f"{label}: {error}")
+    for c in found:
+        print(f"  {_line(c)}")
+    told = set()
+    for c in found:
+        if (c.slower.label, c.faster.label) not in told and c.ratio.verdict in ("faster", "slower") and c.why():
+            say("why", c.why())
+        told.add((c.slower.label, c.faster.label))
+
+
+def _row(f: Figures) -> dict[str, Any]:
+    return {"label": f.label, "model": f.model, "params": f.parameters, "solve": dict(f.means),
+            "timing": {f"{name}_ms": clock.summary(values) for name, values in f.times.items()},
+            "unit_ms": {"f": f.f_ms, "vjp": f.vjp_ms}, "floor_ms": f.floor_ms}  # fmt: skip

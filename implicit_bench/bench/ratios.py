@@ -1,0 +1,103 @@
+"""Ratios between rows and what explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .. import clock
+from ..clock import Ratio
+from ..terminal import number
+from .claims import CLAIMS
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is known of a row when its rounds are done."""
+
+    label: str
+    model: str
+    times: Mapping[str, Sequence[float]]  # measure -> ms a step by round
+    means: Mapping[str, float]  # of train.Tally
+    f_ms: float
+    vjp_ms: float
+    parameters: int
+    solver: Mapping[str, Any]
+    ends_at_residual: bool
+
+    def median(self, measure: str) -> float:
+        return clock.summary(self.times[measure])["median"]
+
+    @property
+    def f_calls(self) -> float:
+        return self.means["nfe_forward"] + self.means["calls_backward"]
+
+    @property
+    def floor_ms(self) -> float:
+        """Counted work at unit cost: what a step would take if nothing but f and its VJPs took time."""
+        return self.f_calls * self.f_ms + self.means["nfe_backward"] * self.vjp_ms
+
+    @property
+    def converged(self) -> bool:
+        return not self.ends_at_residual or self.means["converged_fraction"] >= 0.95
+
+
+@dataclass(frozen=True)
+class Comparison:
+    id: str  # R1..R9, or a dash for a pair that no claim is about
+    slower: Figures
+    faster: Figures
+    measure: str
+    paper: str
+    ratio: Ratio
+
+    @property
+    def caveats(self) -> list[str]:
+        found = [f"{row.label} not converged" for row in (self.slower, self.faster) if not row.converged]
+        if self.id in ("R1", "R2", "R6") and dict(self.slower.solver) != dict(self.faster.solver):
+            found.append("different solvers or stepping tolerances")
+        return found
+
+    def explained(self) -> dict[str, float]:
+        """The saving of a training step, ms, and its parts: fewer calls of f, fewer VJPs, the rest."""
+        a, b = self.slower, self.faster
+        saved = a.median("train") - b.median("train")
+        f, vjp = a.f_calls - b.f_calls, a.means["nfe_backward"] - b.means["nfe_backward"]
+        by_f = a.f_calls * a.f_ms - b.f_calls * b.f_ms
+        by_vjp = a.means["nfe_backward"] * a.vjp_ms - b.means["nfe_backward"] * b.vjp_ms
+        return {"saved_ms": saved, "f": f, "vjps": vjp, "f_ms": by_f, "vjp_ms": by_vjp,
+                "other_ms": saved - by_f - by_vjp}  # fmt: skip
+
+    def why(self) -> str:
+        e = self.explained()
+        if not e["saved_ms"]:
+            return ""
+
+        def part(count: float, ms: float, what: str) -> str:
+            return f"{abs(count):.1f} {'fewer' if count >= 0 else 'more'} {what} ({ms / e['saved_ms']:.0%})"
+
+        verb = "saves" if e["saved_ms"] > 0 else "costs"
+        return (f"{self.faster.label} {verb} {number(abs(e['saved_ms']))} ms a step against {self.slower.label}: "
+                f"{part(e['f'], e['f_ms'], 'f')}, {part(e['vjps'], e['vjp_ms'], 'VJPs')}, "
+                f"other ({e['other_ms'] / e['saved_ms']:.0%})")  # fmt: skip
+
+    def record(self) -> dict[str, Any]:
+        return {"id": self.id, "numerator": self.slower.label, "denominator": self.faster.label,
+                "measure": self.measure, "paper": self.paper, **asdict(self.ratio), "caveats": self.caveats,
+                "explained": self.explained()}  # fmt: skip
+
+
+def comparisons(rows: Sequence[Figures]) -> list[Comparison]:
+    """Every claim that the rows support; then the first row over each row that no claim has compared."""
+    by_model = {row.model: row for row in rows}
+    unique = len(by_model) == len(rows)
+    found = [_compare(c.id, by_model[c.slower], by_model[c.faster], c.measure, c.paper)
+             for c in CLAIMS if unique and c.slower in by_model and c.faster in by_model]  # fmt: skip
+    told = {row.label for c in found for row in (c.slower, c.faster)}
+    found += [_compare("–", rows[0], row, "train", "") for row in rows[1:] if row.label not in told]
+    return found
+
+
+def _compare(id: str, a: Figures, b: Figures, measure: str, paper: str) -> Comparison:
+    return Comparison(id, a, b, measure, paper, clock.ratio(a.times[measure], b.times[measure]))

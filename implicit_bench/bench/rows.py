@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import clock, config
+from ..data import Data
+from ..device import Device
+from ..train import Step, Tally
+
+
+class Row:
+    """One model being timed: the same Step that trains it, on batches that every row shares."""
+
+    def __init__(self, label: str, job: config.Composed, data: Data, device: Device):
+        self.label, self.job, self.data, self.device = label, job, data, device
+        parts = config.build(job.config)
+        self.name: str = job.config["model"]["name"]
+        self.model = device.place(parts.model)
+        if device.compile:
+            self.model.layer.f = torch.compile(self.model.layer.cell)
+        self.recipe = parts.recipe
+        self.order = data.order(len(data.train), job.config["seed"], 1)
+        self.step = Step(self.model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))  # type: ignore[arg-type]
+        self.tally = Tally()
+        self.batches = 0
+        self.warm: clock.WarmUp | None = None
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.model.parameter_counts().values())  # type: ignore[operator]
+
+    def batch(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        n = self.recipe.steps_an_epoch(len(self.data.train))
+        B = self.recipe.batch
+        x, y = self.data.batch(self.data.train, self.order[(k % n) * B : (k % n + 1) * B])
+        return self.device.images(x), y
+
+    def measure(self, steps: int) -> dict[str, float]:
+        """`steps` training steps, then as many predictions on the same batches: mean ms of each part."""
+        batches = [self.batch(self.batches + i) for i in range(steps)]
+        self.batches += steps
+        for x, y in batches:
+            task, out = self.step(x, y)
+            self.tally.add(task, out.logits, y, out, self.step.start_calls)
+        self.model.eval()
+        timer = clock.StepTimer(self.device.torch)
+        with torch.no_grad(), self.device.autocast():
+            for x, _ in batches:
+                timer.start()
+                self.model(x)
+                timer.lap("predict")
+        self.model.train()
+        laps = {**self.step.timer.drain(wait=True), **timer.drain(wait=True)}
+        means = {name: sum(values) / len(values) for name, values in laps.items()}
+        self.tally.settle()
+        return {"train": means["forward"] + means["backward"] + means["optimizer"], **means}
+
+    def warm_up(self) -> float:
+        """Settle caches and allocator, then put weights and optimiser back; returns ms of a training step."""
+        state = copy.deepcopy((self.model.state_dict(), self.step.optimizer.state_dict(), self.step.schedule.state_dict()))
+        times: list[float] = []
+
+        def run() -> float:
+            began = time.perf_counter()
+            times.append(self.measure(8)["train"])
+            return time.perf_counter() - began
+
+        self.warm = clock.warm_up(run)
+        self.model.load_state_dict(state[0])
+        self.step.optimizer.load_state_dict(state[1])
+        self.step.schedule.load_state_dict(state[2])
+        self.batches, self.step.taken, self.step.nonfinite, self.tally = 0, 0, 0, Tally()
+        return times[-1]
+
+    def unit_costs(self) -> tuple[float, float]:
+        """ms of one call of f, and of one VJP of f on a kept graph, at the solution of a real batch."""
+        x, _ = self.batch(0)
+        layer = self.model.layer
+        with torch.no_grad():
+            features = self.model.stem(x)  # type: ignore[operator]
+            ctx = layer.cell.begin(features)  # type: ignore[union-attr, operator]
+            z = layer(features).z.detach()  # type: ignore[operator]
+            t = z.new_zeros(len(z))
+            f = clock.unit_cost(lambda: layer.f(z, ctx, t), device=self.device.torch)  # type: ignore[union-attr, operator]
+        zs = z.requires_grad_()
+        out = layer.f(zs, ctx, t)  # type: ignore[union-attr, operator]
+        v = torch.ones_like(out)
+        vjp = clock.unit_cost(lambda: torch.autograd.grad(out, zs, v, retain_graph=True), device=self.device.torch)
+        return f, vjp
+
+
+def make_rows(jobs: Sequence[config.Composed], labels: Sequence[str], data: Data,
+              devices: Sequence[Device]) -> list[Row]:  # fmt: skip
+    return [Row(label, job, data, device) for label, job, device in zip(labels, jobs, devices)]
+
+
+def steps_a_round(step_ms: Sequence[float], row_ms: float = 20.0) -> int:
+    """So many steps that the fastest row works for `row_ms` a round: long enough that a clock read is nothing."""
+    return max(1, min(10, math.ceil(row_ms / min(step_ms))))
+
+
+def labels(jobs: Sequence[config.Composed], overrides: Sequence[str]) -> list[str]:
+    """A row is called by what tells it from the others: the values of the swept keys, else the model's name."""
+    swept = [o.get_key_element() for o in config.parse(overrides) if o.is_sweep_override()]
+    names = []
+    for job in jobs:
+        values = dict(o.split("=", 1) for o in job.overrides)
+        name = " ".join(values[key] for key in swept) or job.config["model"]["name"]
+        steps = job.config["stop"].get("steps")
+        names.append(name if steps is None else f"{name} ×{steps}")
+    return [n if names.count(n) == 1 else f"{n} #{names[: i + 1].count(n)}" for i, n in enumerate(names)]
+
+
+SHARED = ("dataset", "seed", "recipe.batch", "gpu.device", "gpu.dtype", "gpu.threads")
+
+
+def refuse_unlike(configs: Sequence[dict[str, Any]]) -> None:
+    """Rows must share data, seed, batch, dtype, threads and device."""
+    for key in SHARED:
+        values = []
+        for cfg in configs:
+            value: Any = cfg
+            for part in key.split("."):
+                value = value[part]
+            values.append(value.get("name") if isinstance(value, dict) and "name" in value else value)
+        if any(v != values[0] for v in values):
+            raise config.UsageError(f"rows of one bench must share {key}, not {values[0]} and "
+                                    f"{next(v for v in values if v != values[0])}; bench them apart")  # fmt: skip
