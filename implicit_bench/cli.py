@@ -278,7 +278,7 @@ def _list(args: list[str]) -> int:
     plural = {g: f"{g[:-1]}ies" if g.endswith("ty") else f"{g}es" if g.endswith("x") else f"{g}s" for g in GROUPS}
     wanted = [g for g in GROUPS if not args or args[0] in (g, plural[g])]
     if not wanted:
-        raise UsageError(f"nothing called {args[0]!r} to list{nearest(args[0], list(plural.values()))}")
+        raise UsageError(f"nothing called {args[0]!r} to list; there are: {', '.join(plural.values())}")
     for group in wanted:
         if len(wanted) > 1:
             print(f"{group}=")

@@ -91,6 +91,14 @@ def resolved(cfg: Any, choices: dict[str, str], overrides: Sequence[str] = ()) -
     return Composed(config, choices, list(overrides))
 
 
+def save(config: dict[str, Any], path: Path) -> None:
+    """The resolved config as YAML, for a reader's eyes and for `--config-dir`."""
+    from omegaconf import OmegaConf
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
+
+
 def _compose(command: str, overrides: Sequence[str]) -> Composed:
     import hydra
     from hydra.errors import HydraException
@@ -235,11 +243,13 @@ def locate(target: str, path: str = "", allow: Sequence[str] = ()) -> Any:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"{path}._target_={target!r} cannot be imported: {_first_line(error)}") from None
+    if not inspect.isclass(found):
+        raise UsageError(f"{path}._target_={target!r} is not a class")
     if not own:
         import torch
 
         bases = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-        if not (inspect.isclass(found) and issubclass(found, bases)):
+        if not issubclass(found, bases):
             raise UsageError(f"{path}._target_={target!r} is not a Module, an Optimizer or an LRScheduler")
     return found
 

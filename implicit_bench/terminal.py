@@ -31,12 +31,17 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, without an exponent where that is short; a dash for what was not measured."""
+    """So many significant digits, without an exponent where that is short; a dash for what was not measured."""
     if value is None or value != value:
         return "–"
-    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+    if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.{digits}g}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def share(value: float | None) -> str:
+    """An accuracy: three decimals."""
+    return "–" if value is None else f"{value:.3f}"
 
 
 class Bar:

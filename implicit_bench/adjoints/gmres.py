@@ -31,12 +31,14 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
     beta = reduce.norm(b)
     bound = atol + rtol * beta
     R, m, dtype = len(beta), max_iter, beta.dtype
+    tiny = torch.finfo(dtype).tiny
+    solvable = beta.isfinite() & (beta > tiny**0.5)  # below that the squares in a norm underflow: x = 0 is as good
     V = b.new_empty((m + 1, *b.shape))
-    V[0] = b / beta.clamp_min(torch.finfo(dtype).tiny).to(b.dtype)
+    V[0] = torch.where(solvable, b / beta, 0.0)
     H = torch.zeros(R, m, m, dtype=dtype, device=b.device)  # becomes upper triangular
     Q = torch.eye(m + 1, dtype=dtype, device=b.device).repeat(R, 1, 1)  # the product of the Givens rotations
     residual, iterations = beta.clone(), torch.zeros_like(beta, dtype=torch.int64)
-    active = (residual > bound) & beta.isfinite()
+    active = (residual > bound) & solvable
     rows, j, products = OpenRows(b.is_cuda), 0, 0
     while j < m and rows.read(active):
         w = A(V[j])
@@ -47,10 +49,11 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         again = reduce.dots(basis, w)  # orthogonalised twice: classical Gram-Schmidt alone loses it in float32
         w = w - reduce.combine(again, basis)
         norm = reduce.norm(w)
-        V[j + 1] = w / norm.clamp_min(torch.finfo(dtype).tiny).to(w.dtype)
         rotated = (Q[:, : j + 1, : j + 1] @ (h + again).unsqueeze(2)).squeeze(2)
         last = rotated[:, j:]
-        rho = torch.hypot(last, norm).clamp_min(torch.finfo(dtype).tiny)
+        rho = torch.hypot(last, norm)
+        active = active & (rho > tiny**0.5)  # a breakdown without convergence: A is singular on this space
+        V[j + 1] = torch.where(active & (norm > tiny**0.5), w / norm, 0.0)  # rows not active must stay finite
         c, s = (last / rho).unsqueeze(2), (norm / rho).unsqueeze(2)
         H[:, :j, j] = torch.where(active, rotated[:, :j], 0.0)
         H[:, j, j] = torch.where(active, rho, 1.0).squeeze(1)
@@ -67,5 +70,5 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         g = torch.where(steps < iterations, beta * Q[:, :j, 0], 0.0).unsqueeze(2)
         y = torch.linalg.solve_triangular(H[:, :j, :j], g, upper=True).squeeze(2)
         x = reduce.combine(y, V[:j])
-    relative = residual / beta.clamp_min(torch.finfo(dtype).tiny)
-    return LinearSolution(x, iterations, products, relative, beta, residual <= bound)
+    relative = residual / beta.clamp_min(tiny)
+    return LinearSolution(x, iterations, products, relative, beta, (residual <= bound) | (beta <= tiny**0.5))

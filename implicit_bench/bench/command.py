@@ -102,7 +102,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     rec["memory"]["peak_mib"] = clock.peak_memory_mib(rows[0].device.torch)
     rec |= {"rows": [_row(f) for f in figures], "ratios": [c.record() for c in found], "failed_rows": samples.failed,
             "rounds": samples.rounds, "steps_a_round": k, "unsettled": unsettled}  # fmt: skip
-    (folder / "table.md").write_text(tables.markdown(*table) + "\n" + "\n".join(f"- {_line(c)}" for c in found) + "\n")
+    (folder / "table.md").write_text(tables.markdown(*table) + "\n" + "\n".join(f"- {_sentence(c)}" for c in found) + "\n")
     bars = [(f"{c.id} {c.slower.label} / {c.faster.label}, {c.measure}", c.ratio.value, c.ratio.low, c.ratio.high)
             for c in found]  # fmt: skip
     if bars:
@@ -146,12 +146,25 @@ def _table(figures: Sequence[Figures], failed: dict[str, str]) -> tuple[list[str
     return columns, rows + [[label, *["failed"] * 8] for label in failed]
 
 
-def _line(c: Comparison) -> str:
+def _cells(c: Comparison) -> list[str]:
+    """id, pair, measure, ratio, interval, verdict, what the paper has and what speaks against comparing."""
     r = c.ratio
-    caveat = f"   ({'; '.join(c.caveats)})" if c.caveats else ""
-    paper = f"   paper {c.paper}" if c.paper else ""
-    return (f"{c.id:<3} {c.slower.label} / {c.faster.label}   {c.measure}   {r.value:.2f}× [{r.low:.2f}, {r.high:.2f}]   "
-            f"{r.verdict}{paper}{caveat}")  # fmt: skip
+    caveat = f"({'; '.join(c.caveats)})" if c.caveats else ""
+    return [c.id, f"{c.slower.label} / {c.faster.label}", c.measure, f"{r.value:.2f}×", f"[{r.low:.2f}, {r.high:.2f}]",
+            r.verdict, f"paper {c.paper}" if c.paper else "", caveat]  # fmt: skip
+
+
+def _sentence(c: Comparison) -> str:
+    """One plain sentence that a user could put in a paper."""
+    r, verb = c.ratio, {"train": "trains", "backward": "runs its backward", "predict": "predicts"}[c.measure]
+    paper = f" (paper {c.paper})" if c.paper else ""
+    if r.verdict in ("faster", "slower"):
+        value, low, high = (r.value, r.low, r.high) if r.verdict == "faster" else (1 / r.value, 1 / r.high, 1 / r.low)
+        text = f"{c.faster.label} {verb} {value:.2f}× [{low:.2f}, {high:.2f}] {r.verdict} than {c.slower.label} here"
+    else:
+        text = f"between {c.faster.label} and {c.slower.label}: {r.verdict} in {c.measure} here, {r.value:.2f}× " \
+               f"[{r.low:.2f}, {r.high:.2f}]"  # fmt: skip
+    return text + paper
 
 
 def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparison],
@@ -169,13 +182,15 @@ def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparis
     print(tables.text(*table))
     for label, error in samples.failed.items():
         say("failed", f"{label}: {error}")
-    for c in found:
-        print(f"  {_line(c)}")
+    if found:
+        print(tables.text(["", "paired by round, 95 %", "", "here", "", "", "", ""], [_cells(c) for c in found]))
     told = set()
     for c in found:
         if (c.slower.label, c.faster.label) not in told and c.ratio.verdict in ("faster", "slower") and c.why():
             say("why", c.why())
         told.add((c.slower.label, c.faster.label))
+    for c in found[:1]:
+        say("say", f'"{_sentence(c)}"')
 
 
 def _row(f: Figures) -> dict[str, Any]:

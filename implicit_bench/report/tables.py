@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 
 def text(columns: Sequence[str], rows: Sequence[Sequence[str]], indent: str = " ") -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+    """Aligned columns: words to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+    wordy = [any(row[i][:1].isalpha() or row[i][:1] == "(" for row in rows) for i in range(len(columns))]
+    lines = ["  ".join(cell.ljust(w) if left else cell.rjust(w) for cell, w, left in zip(line, widths, wordy))
              for line in (columns, *rows)]  # fmt: skip
     return "\n".join(indent + line.rstrip() for line in lines)
 

@@ -18,7 +18,7 @@ from ..data import Data
 from ..device import Device
 from ..lock import RunLock
 from ..log import Sink
-from ..terminal import duration, number, say
+from ..terminal import duration, say, share
 from . import CheckpointError, Fit, Interrupted, NonFinite, Step, accuracy_within, budgets, evaluate
 
 SAVED = ("last.pt", "previous.pt")
@@ -47,7 +47,7 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
     folder = record.lookup(runs, run_id) or runs / record.folder_name(model_name, dataset, cfg["seed"], run_id)
     before = record.read_record(folder) if (folder / "record.json").exists() else None
     if before and before["status"] == "done" and not cfg["force"]:
-        say("train", f"{folder.name} is done: test accuracy {number(before['metrics']['test_acc'])}; "
+        say("train", f"{folder.name} is done: test accuracy {share(before['metrics']['test_acc'])}; "
             "force=true trains it again")  # fmt: skip
         return Outcome(0, folder, before)
     with RunLock(folder):
@@ -90,6 +90,7 @@ def _train(job: config.Composed, cfg: dict[str, Any], device: Device, folder: Pa
             rec["resumed_from"] = [*rec["resumed_from"], {"step": resumed, "at": rec["started_at"]}]
             note(f"continuing at step {resumed:,} of {total:,}")
         record.write_record(folder, rec)
+        config.save(cfg, folder / "config.yaml")
         sink.start(rec, folder, resume=resumed is not None)
         try:
             fit.run(note)
@@ -196,11 +197,11 @@ def _header(job: config.Composed, folder: Path, rec: dict[str, Any], words: Sequ
 def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any], sink: Sink) -> None:
     if code == 0:
         test, metrics = rec["solve"]["test"], rec["metrics"]
-        text = f"accuracy {number(metrics['test_acc'])} on {rec['data']['n_test']:,} unseen images"
+        text = f"accuracy {share(metrics['test_acc'])} on {rec['data']['n_test']:,} unseen images"
         if test["status_counts"].get("REACHED_END", 0) == 0:
             text += f" · {test['converged_fraction']:.1%} of them converged · {test['nfe_sample']:.1f} evaluations a solve"
         if within := metrics["test_acc_within"]:
-            parts = "   ".join(f"{k}: {number(v)}" for k, v in within.items())
+            parts = "   ".join(f"{k}: {share(v)}" for k, v in within.items())
             text += f"\nsteps allowed   {parts}   (0 = the head on the start z0 alone)"
         say("test", text)
         say("wrote", f"{folder}/   record.json · metrics.jsonl · last.pt · {duration(rec['timing']['total_s'])}")

@@ -16,7 +16,7 @@ from ..data import Data
 from ..device import Device
 from ..models import Classifier
 from ..record import Jsonl
-from ..terminal import Bar, duration, number
+from ..terminal import Bar, duration, number, share
 from . import checkpoint
 from .evaluate import evaluate
 from .recipe import Recipe
@@ -164,7 +164,7 @@ class Fit:
         row |= {f"metrics.val_{k}": val[k] for k in ("acc", "loss") if k in val}
         self._row(row)
         nfe = f"{number(train['nfe_forward'])}/{number(train['nfe_backward'])}"
-        bar.line(f"{at.epoch:6d} {train['loss']:7.3f}  {number(val.get('acc')):>6}   {nfe:<10}  "
+        bar.line(f"{at.epoch:6d} {train['loss']:7.3f}  {share(val.get('acc')):>6}   {nfe:<10}  "
                  f"{number(train['residual'], 2):>8}   {train['converged_fraction']:7.0%}   {number(ms):>9}")  # fmt: skip
         at.last, at.batch, at.tally = row, 0, {}
         self.save()

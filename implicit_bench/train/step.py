@@ -109,7 +109,7 @@ class Step:
         self.timer.lap("optimizer")
         self.taken += 1
         if self.recipe.on_nonfinite == "raise" and not bool((norm + loss.detach()).isfinite()):
-            raise NonFinite(f"the loss ({float(task):.3g}) or its gradient (norm {float(norm):.3g}) was not finite at "
+            raise NonFinite(f"the loss ({float(task.detach()):.3g}) or its gradient (norm {float(norm):.3g}) was not finite at "
                             f"step {self.taken}; lower recipe.lr, set recipe.clip=1, or use "
                             "recipe.on_nonfinite=skip_step")  # fmt: skip
         return task, out
