@@ -273,7 +273,7 @@ def _data(args: list[str]) -> int:
 
 
 def _list(args: list[str]) -> int:
-    from .config import GROUPS, UsageError, config_dir, nearest
+    from .config import GROUPS, UsageError, config_dir
 
     plural = {g: f"{g[:-1]}ies" if g.endswith("ty") else f"{g}es" if g.endswith("x") else f"{g}s" for g in GROUPS}
     wanted = [g for g in GROUPS if not args or args[0] in (g, plural[g])]

@@ -360,7 +360,7 @@ def reset_peak_memory(device: str | torch.device = "cpu") -> bool:
 
 
 def peak_memory_mib(device: str | torch.device = "cpu") -> float | None:
-    """Peak since the reset: torch's allocations on CUDA, else the process's resident set (VmHWM; None without /proc)."""
+    """Peak since the reset: torch's allocations on CUDA, else the process's resident set (VmHWM, None without /proc)"""
     if _is_cuda(device):
         return torch.cuda.max_memory_allocated(device) / 2**20
     with suppress(OSError):

@@ -155,9 +155,8 @@ def nearest(word: str, options: Sequence[str]) -> str:
 
 def _explain(command: str, overrides: Sequence[str], error: Exception) -> str:
     """Which of the overrides Hydra stumbled over, in one sentence."""
-    from hydra.core.global_hydra import GlobalHydra
-
     import hydra
+    from hydra.core.global_hydra import GlobalHydra
 
     loader = GlobalHydra.instance().config_loader()
     groups, rest = [], []

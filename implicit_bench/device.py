@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from . import clock
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 class Device:
@@ -46,9 +48,9 @@ class Device:
         torch.use_deterministic_algorithms(self.deterministic)
         return policy
 
-    def place(self, model: torch.nn.Module) -> torch.nn.Module:
+    def place(self, model: M) -> M:
         model = model.to(self.torch, torch.float64 if self.dtype == torch.float64 else torch.float32)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
 
     def images(self, x: torch.Tensor) -> torch.Tensor:
         """A batch (B, C, H, W) in the dtype and memory layout of the model."""

@@ -15,7 +15,13 @@ def say(label: str, text: str, *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     first, *rest = text.split("\n")
     style = label if not _colour(stream) else f"\033[1m{label}\033[0m"
-    print(f"{style}{' ' * (8 - len(label))}{first}", *(f"{INDENT}{line}" for line in rest), sep="\n", file=stream, flush=True)
+    print(
+        f"{style}{' ' * (8 - len(label))}{first}",
+        *(f"{INDENT}{line}" for line in rest),
+        sep="\n",
+        file=stream,
+        flush=True,
+    )
 
 
 def _colour(stream: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`make demo`: train a Skip DEQ on real images, then time it against its rivals. Ends in under a minute on two cores."""
+"""`make demo`: train a Skip DEQ on real images, then time it against its rivals. Under a minute on two cores."""
 
 from __future__ import annotations
 

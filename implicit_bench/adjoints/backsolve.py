@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..core import EndTime, Field, Reduce, Solution, Solver, Status, solve
+from ..core import EndTime, Field, FixedPoint, Reduce, Solution, Solver, Status, solve
 from .base import BackwardLog, Solve
 
 
@@ -41,7 +41,14 @@ class Backsolve:
             solution = forward(F, z0)
         stop = EndTime(forward.stop.t1, self.max_steps)  # type: ignore[attr-defined]
         z = _Backsolve.apply(F, solver, stop, log, solution.value, len(wrt), *wrt)
-        return z, solution, log
+        return self._output(F, z, stop.t1, log), solution, log
+
+    def _output(self, F: Field, z: Tensor, t1: float, log: BackwardLog) -> Tensor:
+        """An equilibrium layer puts out f(z) of the last z, under this adjoint as under any other."""
+        if not isinstance(F, FixedPoint):
+            return z
+        log.forward_calls, log.vjps = 1, 1
+        return F.f(z, z.new_full((len(z),), t1))
 
     def _foreign(self, F: Field, z0: Tensor, forward: Solve, wrt: Sequence[Tensor],
                  log: BackwardLog) -> tuple[Tensor, Solution, BackwardLog]:  # fmt: skip
@@ -58,7 +65,8 @@ class Backsolve:
         adjoint: Any = SimpleNamespace(integrate=lambda G, z, t1: solver.integrate(G, z, t1, wrt))
         solution = solve(counted, z0, solver=adjoint, stop=stop)
         done = True
-        return solution.value, replace(solution, value=solution.value.detach()), log
+        z = self._output(F, solution.value, stop.t1, log)
+        return z, replace(solution, value=solution.value.detach()), log
 
 
 class _Backsolve(torch.autograd.Function):

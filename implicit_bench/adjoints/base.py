@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..core import Field, Reduce, Solution
+from ..core import Field, Reduce, Solution, Solver, Stop, solve
 
 
 @dataclass
@@ -31,14 +30,16 @@ class BackwardLog:
     converged: Tensor | None = None  # (B,) bool
 
 
-class Solve(Protocol):
-    """core.solve with its solver, stop and reduction already chosen; `integrate` is a foreign library's own adjoint."""
+@dataclass(frozen=True)
+class Solve:
+    """core.solve with its solver, stop and reduction already chosen."""
 
-    solver: object
-    stop: object
+    solver: Solver
+    stop: Stop
     reduce: Reduce
 
-    def __call__(self, F: Field, z0: Tensor) -> Solution: ...
+    def __call__(self, F: Field, z0: Tensor) -> Solution:
+        return solve(F, z0, solver=self.solver, stop=self.stop, reduce=self.reduce)
 
 
 Adjoint = Callable[[Field, Tensor, Solve, Sequence[Tensor]], tuple[Tensor, Solution, BackwardLog]]

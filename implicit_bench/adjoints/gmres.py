@@ -25,13 +25,14 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
     """Solve A x = b, b (B, D), from x = 0 (Saad & Schultz, SIAM J. Sci. Stat. Comput. 1986), without restart.
 
     With per-sample reductions every row is its own linear system, all advanced by the same products; else the batch
-    is one system. A row is done when |r| <= atol + rtol |b|, tested before the first iteration, and then left alone.
+    is one system. A row is done when |r| <= atol + rtol |b|, tested before the first iteration, and then left alone;
+    so is a row whose Krylov space is exhausted to rounding, not converged where A is singular on it.
     Cost: one product an iteration (none when b is small enough), max_iter + 1 states of memory.
     """
     beta = reduce.norm(b)
     bound = atol + rtol * beta
     R, m, dtype = len(beta), max_iter, beta.dtype
-    tiny = torch.finfo(dtype).tiny
+    tiny, noise = torch.finfo(dtype).tiny, 10 * torch.finfo(dtype).eps
     solvable = beta.isfinite() & (beta > tiny**0.5)  # below that the squares in a norm underflow: x = 0 is as good
     V = b.new_empty((m + 1, *b.shape))
     V[0] = torch.where(solvable, b / beta, 0.0)
@@ -49,11 +50,13 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         again = reduce.dots(basis, w)  # orthogonalised twice: classical Gram-Schmidt alone loses it in float32
         w = w - reduce.combine(again, basis)
         norm = reduce.norm(w)
-        rotated = (Q[:, : j + 1, : j + 1] @ (h + again).unsqueeze(2)).squeeze(2)
+        h = h + again
+        floor = noise * torch.hypot(torch.linalg.vector_norm(h, dim=1, keepdim=True), norm) + tiny**0.5
+        rotated = (Q[:, : j + 1, : j + 1] @ h.unsqueeze(2)).squeeze(2)
         last = rotated[:, j:]
         rho = torch.hypot(last, norm)
-        active = active & (rho > tiny**0.5)  # a breakdown without convergence: A is singular on this space
-        V[j + 1] = torch.where(active & (norm > tiny**0.5), w / norm, 0.0)  # rows not active must stay finite
+        active = active & (rho > floor)  # a breakdown without convergence: A is singular on this space
+        V[j + 1] = torch.where(active & (norm > floor), w / norm, 0.0)  # rows not active must stay finite
         c, s = (last / rho).unsqueeze(2), (norm / rho).unsqueeze(2)
         H[:, :j, j] = torch.where(active, rotated[:, :j], 0.0)
         H[:, j, j] = torch.where(active, rho, 1.0).squeeze(1)
@@ -71,4 +74,5 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         y = torch.linalg.solve_triangular(H[:, :j, :j], g, upper=True).squeeze(2)
         x = reduce.combine(y, V[:j])
     relative = residual / beta.clamp_min(tiny)
-    return LinearSolution(x, iterations, products, relative, beta, (residual <= bound) | (beta <= tiny**0.5))
+    converged = (residual <= bound) & beta.isfinite() | (beta <= tiny**0.5)
+    return LinearSolution(x, iterations, products, relative, beta, converged)

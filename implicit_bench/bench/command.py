@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..terminal import Bar, duration, number, say
 from .ratios import Comparison, Figures, comparisons
 from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round
 
+Table = tuple[list[str], list[list[str]]]  # columns, rows
 FILES = ("record.json", "table.md", "speedup.svg", "metrics.jsonl")
 
 
@@ -87,13 +89,16 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
         jsonl.append({"step": done, **figures})
         bar.at(done)
 
-    samples = clock.interleave({row.label: lambda r=row: r.measure(k) for row in rows},  # type: ignore[misc]
-                               rounds=rounds if budget is None else None, seconds=budget, on_round=on_round)  # fmt: skip
+    samples = clock.interleave(
+        {row.label: partial(row.measure, k) for row in rows},
+        rounds=rounds if budget is None else None,
+        seconds=budget,
+        on_round=on_round,
+    )
     bar.close()
     rec["environment"]["alone"] = alone.read()
-    figures = [Figures(row.label, row.name, samples.rows[row.label], row.tally.means(), f, vjp, row.parameters,
-                       row.job.config["solver"], row.model.layer.stop.needs_equilibrium and row.job.choices["stop"] == "residual")
-               for row, (f, vjp) in zip(rows, units) if row.label in samples.rows and samples.rounds]  # fmt: skip
+    figures = [row.figures(samples.rows[row.label], *unit) for row, unit in zip(rows, units)
+               if row.label in samples.rows and samples.rounds]  # fmt: skip
     found = comparisons(figures) if len(figures) > 1 else []
     table = _table(figures, samples.failed)
     _print(rows, samples, found, table, rec, unsettled, k)
@@ -102,7 +107,8 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     rec["memory"]["peak_mib"] = clock.peak_memory_mib(rows[0].device.torch)
     rec |= {"rows": [_row(f) for f in figures], "ratios": [c.record() for c in found], "failed_rows": samples.failed,
             "rounds": samples.rounds, "steps_a_round": k, "unsettled": unsettled}  # fmt: skip
-    (folder / "table.md").write_text(tables.markdown(*table) + "\n" + "\n".join(f"- {_sentence(c)}" for c in found) + "\n")
+    sentences = "\n".join(f"- {_sentence(c)}" for c in found)
+    (folder / "table.md").write_text(f"{tables.markdown(*table)}\n{sentences}\n")
     bars = [(f"{c.id} {c.slower.label} / {c.faster.label}, {c.measure}", c.ratio.value, c.ratio.low, c.ratio.high)
             for c in found]  # fmt: skip
     if bars:
@@ -133,7 +139,7 @@ def _set_aside(folder: Path) -> int:
     return before + 1
 
 
-def _table(figures: Sequence[Figures], failed: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+def _table(figures: Sequence[Figures], failed: dict[str, str]) -> Table:
     columns = ["model", "params", "train ms", "backward", "predict", "nfe f/b", "residual", "capped", "×floor"]
     rows = []
     for f in figures:
@@ -167,16 +173,16 @@ def _sentence(c: Comparison) -> str:
     return text + paper
 
 
-def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparison],
-           table: tuple[list[str], list[list[str]]], rec: dict[str, Any], unsettled: Sequence[str], k: int) -> None:  # fmt: skip
+def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparison], table: Table,
+           rec: dict[str, Any], unsettled: Sequence[str], k: int) -> None:  # fmt: skip
     env = rec["environment"]
     shared = "same data, batch and threads, interleaved"
     say("bench", f"{' · '.join(row.label for row in rows)}: {shared}, {samples.rounds} rounds of {k} steps, "
         f"{duration(samples.seconds)}")  # fmt: skip
     quiet = {True: "nothing else running", False: "NOT alone on the machine", None: "load unknown"}[env["alone"]]
-    units = rows[0]
-    say("machine", f"{env.get('cpu')} · {rec['config']['rows'][0]['gpu']['threads']} threads · torch {env.get('torch')} · "
-        f"allocator {env.get('allocator')} · {quiet} · batch {units.recipe.batch}")  # fmt: skip
+    threads = f"{rows[0].device.threads} thread{'s' * (rows[0].device.threads > 1)}"
+    batch, allocator = f"batch {rows[0].recipe.batch}", f"allocator {env['allocator']}"
+    say("machine", " · ".join([str(env["cpu"]), threads, f"torch {env['torch']}", allocator, quiet, batch]))
     if unsettled:
         say("warm", f"{', '.join(unsettled)} not settled within 2 % after 10 passes")
     print(tables.text(*table))

@@ -3,15 +3,17 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import clock, config
+from ..core import Residual
 from ..data import Data
 from ..device import Device
 from ..train import Step, Tally
+from .ratios import Figures
 
 
 class Row:
@@ -26,14 +28,18 @@ class Row:
             self.model.layer.f = torch.compile(self.model.layer.cell)
         self.recipe = parts.recipe
         self.order = data.order(len(data.train), job.config["seed"], 1)
-        self.step = Step(self.model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))  # type: ignore[arg-type]
+        self.step = Step(self.model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
         self.tally = Tally()
         self.batches = 0
         self.warm: clock.WarmUp | None = None
 
     @property
     def parameters(self) -> int:
-        return sum(self.model.parameter_counts().values())  # type: ignore[operator]
+        return sum(self.model.parameter_counts().values())
+
+    def figures(self, times: Mapping[str, Sequence[float]], f_ms: float, vjp_ms: float) -> Figures:
+        return Figures(self.label, self.name, times, self.tally.means(), f_ms, vjp_ms, self.parameters,
+                       self.job.config["solver"], isinstance(self.model.layer.stop, Residual))  # fmt: skip
 
     def batch(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         n = self.recipe.steps_an_epoch(len(self.data.train))
@@ -47,7 +53,7 @@ class Row:
         self.batches += steps
         for x, y in batches:
             task, out = self.step(x, y)
-            self.tally.add(task, out.logits, y, out, self.step.start_calls)
+            self.tally.add(task, y, out, self.step.start_calls)
         self.model.eval()
         timer = clock.StepTimer(self.device.torch)
         with torch.no_grad(), self.device.autocast():
@@ -63,7 +69,8 @@ class Row:
 
     def warm_up(self) -> float:
         """Settle caches and allocator, then put weights and optimiser back; returns ms of a training step."""
-        state = copy.deepcopy((self.model.state_dict(), self.step.optimizer.state_dict(), self.step.schedule.state_dict()))
+        holders: tuple[Any, ...] = (self.model, self.step.optimizer, self.step.schedule)
+        state = [copy.deepcopy(holder.state_dict()) for holder in holders]
         times: list[float] = []
 
         def run() -> float:
@@ -72,9 +79,8 @@ class Row:
             return time.perf_counter() - began
 
         self.warm = clock.warm_up(run)
-        self.model.load_state_dict(state[0])
-        self.step.optimizer.load_state_dict(state[1])
-        self.step.schedule.load_state_dict(state[2])
+        for holder, before in zip(holders, state):
+            holder.load_state_dict(before)
         self.batches, self.step.taken, self.step.nonfinite, self.tally = 0, 0, 0, Tally()
         return times[-1]
 
@@ -83,13 +89,13 @@ class Row:
         x, _ = self.batch(0)
         layer = self.model.layer
         with torch.no_grad():
-            features = self.model.stem(x)  # type: ignore[operator]
-            ctx = layer.cell.begin(features)  # type: ignore[union-attr, operator]
-            z = layer(features).z.detach()  # type: ignore[operator]
+            features = self.model.stem(x)
+            ctx = layer.cell.begin(features)
+            z = layer(features).z.detach()
             t = z.new_zeros(len(z))
-            f = clock.unit_cost(lambda: layer.f(z, ctx, t), device=self.device.torch)  # type: ignore[union-attr, operator]
+            f = clock.unit_cost(lambda: layer.f(z, ctx, t), device=self.device.torch)
         zs = z.requires_grad_()
-        out = layer.f(zs, ctx, t)  # type: ignore[union-attr, operator]
+        out = layer.f(zs, ctx, t)
         v = torch.ones_like(out)
         vjp = clock.unit_cost(lambda: torch.autograd.grad(out, zs, v, retain_graph=True), device=self.device.torch)
         return f, vjp

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .types import Field, Reduce, Solution, Solver, State, Stats, Status, Stop
+from .types import Field, FixedPoint, Reduce, Solution, Solver, State, Stats, Status, Stop
 
 
 class Counts(NamedTuple):
@@ -31,7 +31,7 @@ def solve(F: Field, z0: Tensor, *, solver: Solver, stop: Stop, reduce: Reduce | 
     """Move z0 (B, D) with `solver` until `stop` closes every row, `stop.max_steps` steps at most.
 
     A row that has ended is frozen bit for bit; a row whose new state is not finite keeps its last finite one and ends
-    as NONFINITE; neither disturbs its neighbours. Never raises for a failed solve: read `Solution.status`.
+    as NONFINITE; neither disturbs its neighbours, unless the batch is one system, which ends as one. Never raises for a failed solve: read `Solution.status`.
     On a CUDA device the question "does any row go on?" is read one step late, so that the host never waits for the
     device; the step taken in vain moves nothing and is not in `stats.nfe` (it is in `stats.calls`).
     """
@@ -55,7 +55,7 @@ def solve(F: Field, z0: Tensor, *, solver: Solver, stop: Stop, reduce: Reduce | 
         if n_open == B and not flag.late:  # nobody ended: nothing to freeze
             state = new
             continue
-        finite = _finite_rows(new)
+        finite = reduce.whole(new.finite())
         bad = bad | (running & ~finite)
         state = _merge(running & finite, new, state)
         nfe = torch.where(running, F.nfe, nfe)
@@ -80,25 +80,22 @@ def _solution(state: State, solver: Solver, bad: Tensor, counts: Counts, stop: S
         if hasattr(solver, "stuck"):
             gave_up = solver.stuck(state) & (status == Status.MAX_STEPS)
             status = status.masked_fill(gave_up, int(Status.STEP_TOO_SMALL))
-        status = status.masked_fill(bad | ~_finite_rows(state), int(Status.NONFINITE))
+        status = status.masked_fill(bad | ~reduce.whole(state.finite()), int(Status.NONFINITE))
         residual = relative_residual(state.z, state.F)
     return Solution(state.z, state.F, status, Stats(*counts, residual), state.mem)
 
 
 def _whole(F: Field, z0: Tensor, solver: Solver, stop: Stop) -> Solution:
-    F = Counted(F)
+    equilibrium, F = isinstance(F, FixedPoint), Counted(F)
     z = solver.integrate(F, z0, stop.t1)  # type: ignore[attr-defined]
-    B = z0.shape[0]
-    nfe = torch.full((B,), F.nfe, device=z0.device)
+    t = z.new_full((len(z),), stop.t1)
+    end = State(z, F(z, t) if equilibrium else torch.zeros_like(z), t)  # f(z) is the output of an equilibrium layer
+    nfe = torch.full((len(z),), F.nfe, device=z0.device)
     with torch.no_grad():
-        ok = z.detach().sum(1).isfinite()
-        status = torch.where(ok, int(Status.REACHED_END), int(Status.NONFINITE))
-        nothing = torch.full((B,), float("nan"), device=z0.device)
-    return Solution(z, torch.full_like(z, float("nan")), status, Stats(nfe, nfe, F.nfe, nothing))
-
-
-def _finite_rows(s: State) -> Tensor:
-    return (s.z.detach().sum(1) + s.F.detach().sum(1)).isfinite()
+        status = torch.where(end.finite(), int(Status.REACHED_END), int(Status.NONFINITE))
+        field = end.F if equilibrium else torch.full_like(z, float("nan"))
+        residual = relative_residual(z, field)
+    return Solution(z, field, status, Stats(nfe, nfe, F.nfe, residual))
 
 
 def _merge(rows: Tensor, new: State, old: State) -> State:
@@ -122,7 +119,7 @@ class OpenRows:
         before, event = self._host, self._event
         self._host = torch.empty((), dtype=count.dtype, pin_memory=True)
         self._host.copy_(count, non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
         if before is None or event is None:
             return 1

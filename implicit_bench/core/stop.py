@@ -25,20 +25,26 @@ class Residual:
                  per_sample: bool | Literal["auto"] = "auto"):  # fmt: skip
         if not tol > 0:
             raise ValueError(f"stop.tol={tol} must be positive, such as 1e-2")
+        if norm not in ("rel", "abs"):
+            raise ValueError(f"stop.norm={norm!r} must be rel or abs")
         if max_steps < 1:
             raise ValueError(f"stop.max_steps={max_steps} must be at least 1")
         self.tol, self.norm, self.max_steps, self.per_sample = float(tol), norm, max_steps, per_sample
 
     def open(self, state: State, k: int, reduce: Reduce) -> Tensor:
-        return self._above(state, reduce)
+        size, bound = self._measure(state, reduce)
+        return (size > bound) & size.isfinite()
 
     def verdict(self, state: State, reduce: Reduce) -> Tensor:
-        return torch.where(self._above(state, reduce), int(Status.MAX_STEPS), int(Status.CONVERGED))
+        size, bound = self._measure(state, reduce)
+        status = torch.where(size > bound, int(Status.MAX_STEPS), int(Status.CONVERGED))
+        return status.masked_fill(~(size + bound).isfinite(), int(Status.NONFINITE))  # inf <= inf is no convergence
 
-    def _above(self, state: State, reduce: Reduce) -> Tensor:
-        with torch.no_grad():
-            bound = reduce.norm(state.z + state.F) * self.tol if self.norm == "rel" else self.tol
-            return (reduce.norm(state.F) > bound).squeeze(1)
+    @torch.no_grad()
+    def _measure(self, state: State, reduce: Reduce) -> tuple[Tensor, Tensor]:
+        size = reduce.norm(state.F)
+        bound = reduce.norm(state.z + state.F) * self.tol if self.norm == "rel" else torch.full_like(size, self.tol)
+        return size.squeeze(1), bound.squeeze(1)
 
 
 class EndTime:
@@ -73,7 +79,7 @@ class FixedSteps:
         self.steps, self.max_steps, self.per_sample = steps, steps - 1, per_sample
 
     def open(self, state: State, k: int, reduce: Reduce) -> Tensor:
-        return torch.full(state.t.shape, k < self.max_steps, device=state.z.device)
+        return state.F.detach().sum(1).isfinite() & (k < self.max_steps)
 
     def verdict(self, state: State, reduce: Reduce) -> Tensor:
         return torch.full(state.t.shape, int(Status.REACHED_END), device=state.z.device)

@@ -6,6 +6,7 @@ Shapes: B rows (samples) of D numbers. A state of any shape is flattened to (B, 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -49,6 +50,10 @@ class State(NamedTuple):
     F: Tensor  # (B, D)
     t: Tensor  # (B,)
     mem: Any = None  # a solver's own history
+
+    def finite(self) -> Tensor:
+        """(B,) bool: which rows hold no NaN and no infinity."""
+        return sum(a.detach().sum(1, dtype=_wide(a.dtype)) for a in (self.z, self.F)).isfinite()  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -106,11 +111,17 @@ class Reduce:
     def norm(self, a: Tensor) -> Tensor:
         """Euclidean norm, (B, D) -> (R, 1)."""
         dim = -1 if self.per_sample else (-2, -1)
-        return torch.linalg.vector_norm(a, dim=dim, keepdim=True, dtype=_wide(a.dtype))
+        norm: Tensor = torch.linalg.vector_norm(a, dim=dim, keepdim=True, dtype=_wide(a.dtype))
+        return norm
 
     def rms(self, a: Tensor) -> Tensor:
         """Root mean square, the norm in which ODE solvers measure error, (B, D) -> (R, 1)."""
-        return self.norm(a) / (a.shape[-1] if self.per_sample else a.numel()) ** 0.5
+        count: int = a.shape[-1] if self.per_sample else a.numel()
+        return self.norm(a) / math.sqrt(count)
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """What holds for a row alone, (B,) bool: of each row, or for all of them where the batch is one system."""
+        return rows if self.per_sample else rows.all().expand_as(rows)
 
     def gram(self, V: Tensor) -> Tensor:
         """All inner products of k states, (k, B, D) -> (R, k, k)."""

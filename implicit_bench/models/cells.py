@@ -53,5 +53,8 @@ class UntiedCell(nn.Module):
         return iter([(cell, cell.begin(x)) for cell in self.cells])  # type: ignore[operator]
 
     def forward(self, z: Tensor, ctx: Iterator[tuple[Any, Any]], t: Tensor) -> Tensor:
-        cell, own = next(ctx)
+        cell, own = next(ctx, (None, None))
+        if cell is None:
+            raise ValueError(f"each of the {len(self.cells)} untied cells is applied once a solve, but there was one call "
+                             f"more; use init=zero and at most {len(self.cells)} applications")  # fmt: skip
         return cell(z, own, t)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ class Output(NamedTuple):
 
 class Classifier(nn.Module):
     """stem -> implicit layer -> head: images (B, C, H, W) to logits (B, classes)."""
+
+    stem: nn.Module
+    layer: ImplicitLayer
+    head: nn.Module
 
     def __init__(self, network: Network, layer: ImplicitLayer):
         super().__init__()
@@ -38,5 +42,5 @@ class Classifier(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part; `init` is what a learned start adds."""
-        parts = {"stem": self.stem, "cell": self.layer.cell, "head": self.head, "init": self.layer.init}
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}  # type: ignore[union-attr]
+        parts: dict[str, Any] = {"stem": self.stem, "cell": self.layer.cell, "head": self.head, "init": self.layer.init}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}

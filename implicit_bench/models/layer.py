@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..adjoints import Adjoint, BackwardLog, Unroll
-from ..core import Field, FixedPoint, FixedSteps, Reduce, Solution, Solver, Stop, solve
+from ..adjoints import Adjoint, BackwardLog, Solve, Unroll
+from ..core import Field, FixedPoint, FixedSteps, Reduce, Solution, Solver, Stop
 from ..solvers import Picard
 from .cells import Cell
 from .inits import Init
@@ -25,16 +24,6 @@ class LayerOutput(NamedTuple):
         return start_calls + self.solution.stats.calls + self.backward.forward_calls
 
 
-@dataclass(frozen=True)
-class _Solve:
-    solver: Solver
-    stop: Stop
-    reduce: Reduce
-
-    def __call__(self, F: Field, z0: Tensor) -> Solution:
-        return solve(F, z0, solver=self.solver, stop=self.stop, reduce=self.reduce)
-
-
 class ImplicitLayer(nn.Module):
     """x -> z with z = f(z, x) (field=equilibrium), or z = z(t1) of dz/dt = f(z, x, t) (field=ode).
 
@@ -45,7 +34,14 @@ class ImplicitLayer(nn.Module):
     def __init__(self, cell: Cell, init: Init, solver: Solver, stop: Stop, adjoint: Adjoint,
                  field: Literal["equilibrium", "ode"] = "equilibrium"):  # fmt: skip
         super().__init__()
-        self.cell, self.init, self.solver, self.stop, self.adjoint, self.field = cell, init, solver, stop, adjoint, field
+        self.cell, self.init, self.solver, self.stop, self.adjoint, self.field = (
+            cell,
+            init,
+            solver,
+            stop,
+            adjoint,
+            field,
+        )
         self.f = cell  # what is called NFE times; a compiled cell replaces it
         self._direct: list[Tensor] | None = None
         self._check()
@@ -63,20 +59,26 @@ class ImplicitLayer(nn.Module):
         return self._run(x, Picard(), FixedSteps(depth), Unroll(), "equilibrium")
 
     def within(self, x: Tensor, steps: int) -> LayerOutput:
-        """The layer allowed only so many applications of the cell; 0 gives the start itself."""
+        """The layer allowed only so many applications of the cell, at least one."""
+        if hasattr(self.solver, "tableau") or hasattr(self.solver, "integrate"):
+            raise ValueError(f"solver={type(self.solver).__name__} takes several evaluations a step and cannot be held to "
+                             f"{steps}; use solver=picard or solver=anderson")  # fmt: skip
         return self._run(x, self.solver, FixedSteps(steps), self.adjoint)
 
     def _run(self, x: Tensor, solver: Solver, stop: Stop, adjoint: Adjoint, field: str | None = None) -> LayerOutput:
         ctx = self.cell.begin(x)
+        uses_wrt = getattr(adjoint, "uses_wrt", False) and torch.is_grad_enabled()
+        if uses_wrt:  # one tensor twice, or two of which one comes from the other, would be differentiated twice
+            ctx = _map(ctx, lambda c: c.view_as(c))
 
         def f(z: Tensor, t: Tensor) -> Tensor:
             return self.f(z, ctx, t)
 
         start = self.init(x, f)
         F: Field = FixedPoint(f) if (field or self.field) == "equilibrium" else f
-        problem = _Solve(solver, stop, self.reduce)
+        problem = Solve(solver, stop, self.reduce)
         if torch.is_grad_enabled():
-            wrt = self._closed_over(ctx, start) if getattr(adjoint, "uses_wrt", False) else ()
+            wrt = self._closed_over(ctx, start) if uses_wrt else ()
             z, solution, log = adjoint(F, start.detach(), problem, wrt)
         else:
             solution, log = problem(F, start), BackwardLog()
@@ -86,20 +88,26 @@ class ImplicitLayer(nn.Module):
     def _closed_over(self, ctx: Any, z: Tensor) -> list[Tensor]:
         """What f closes over: the context, and the parameters that f itself uses, not those that only `begin` does.
 
-        The latter get their gradient through the context; asking for both would walk the context's graph every call.
+        The latter get their gradient through the context. One used in both places would get part of it twice.
         """
+        found: list[Tensor] = []
+        _map(ctx, found.append)
+        context = [c for c in found if c.requires_grad]
         if self._direct is None:
+            named = {n: p for n, p in self.cell.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
             probe = self.cell(z.detach(), _map(ctx, Tensor.detach), z.new_zeros(len(z)))
-            parameters = list(self.cell.parameters())  # type: ignore[attr-defined]
-            used = torch.autograd.grad(probe.sum(), parameters, allow_unused=True)
-            self._direct = [p for p, g in zip(parameters, used) if g is not None]
-        context: list[Tensor] = []
-        _map(ctx, context.append)
-        return [*self._direct, *(t for t in context if t.requires_grad)]
+            direct, through = _used([probe], named), _used(context, named)
+            if both := [name for name in direct if name in through]:
+                raise ValueError(f"adjoint=backsolve needs each parameter in one place, but the cell's {', '.join(both)} is "
+                                 "used by begin and by forward; let begin return it in the context")  # fmt: skip
+            self._direct = list(direct.values())
+        return [*self._direct, *context]
 
     def _check(self) -> None:
         name = type(self.solver).__name__
         is_ode = self.field == "ode"
+        if self.field not in ("equilibrium", "ode"):
+            raise ValueError(f"field={self.field!r} must be equilibrium or ode")
         if is_ode and self.stop.needs_equilibrium:
             raise ValueError(f"stop={type(self.stop).__name__} looks for f(z) = z, but field=ode has no equilibrium "
                              "meaning; use stop=end_time or field=equilibrium")  # fmt: skip
@@ -109,7 +117,11 @@ class ImplicitLayer(nn.Module):
         if getattr(self.solver, "needs_end_time", False) and self.stop.t1 == float("inf"):
             raise ValueError(f"solver={name} integrates to an end time and cannot stop at a residual; use "
                              "stop=end_time or solver=tsit5")  # fmt: skip
-        if self.stop.t1 < float("inf") and not hasattr(self.solver, "tableau") and not hasattr(self.solver, "integrate"):
+        if (
+            self.stop.t1 < float("inf")
+            and not hasattr(self.solver, "tableau")
+            and not hasattr(self.solver, "integrate")
+        ):
             raise ValueError(f"solver={name} finds roots and has no time; use stop=residual or solver=tsit5")
         if getattr(self.adjoint, "needs_end_time", False) and self.stop.t1 == float("inf"):
             raise ValueError("adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift")
@@ -121,6 +133,15 @@ class ImplicitLayer(nn.Module):
                                  f"adjoint=unroll stop=fixed_steps stop.steps={len(self.cell.cells)}")  # fmt: skip
 
 
+def _used(outputs: list[Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Which of the named tensors the outputs depend on."""
+    total = sum(out.sum() for out in outputs)
+    if not named or not isinstance(total, Tensor) or not total.requires_grad:
+        return {}
+    grads = torch.autograd.grad(total, list(named.values()), allow_unused=True, retain_graph=True)
+    return {name: p for (name, p), g in zip(named.items(), grads) if g is not None}
+
+
 def _map(ctx: Any, fn: Callable[[Tensor], Any]) -> Any:
     """`fn` on every tensor of a cell's context: tensors in tuples, lists and dicts."""
     if isinstance(ctx, Tensor):
@@ -128,5 +149,6 @@ def _map(ctx: Any, fn: Callable[[Tensor], Any]) -> Any:
     if isinstance(ctx, dict):
         return {key: _map(value, fn) for key, value in ctx.items()}
     if isinstance(ctx, (tuple, list)):
-        return [_map(value, fn) for value in ctx]
+        values = [_map(value, fn) for value in ctx]
+        return type(ctx)(*values) if hasattr(ctx, "_fields") else type(ctx)(values)
     return ctx

@@ -38,5 +38,7 @@ class TorchDiffeq:
             if wrt is None:
                 return odeint(field, z0, times, **options)[-1]
             return odeint_adjoint(field, z0, times, adjoint_params=tuple(wrt), **options)[-1]
-        except AssertionError:  # "underflow in dt" and "non-finite values"
+        except AssertionError as error:
+            if not str(error).startswith(("underflow in dt", "non-finite values", "max_num_steps")):
+                raise  # the field's own
             return torch.full_like(z0, float("nan")) * sum((w.sum() for w in wrt or ()), z0.new_zeros(()))

@@ -6,5 +6,5 @@ from .loop import Fit, Interrupted
 from .recipe import Recipe
 from .step import NonFinite, Step, Tally
 
-__all__ = ["CheckpointError", "Fit", "Interrupted", "NonFinite", "Recipe", "Step", "Tally", "accuracy_within", "budgets",
-           "evaluate"]  # fmt: skip
+__all__ = ["CheckpointError", "Fit", "Interrupted", "NonFinite", "Recipe", "Step", "Tally", "accuracy_within",
+           "budgets", "evaluate"]  # fmt: skip

@@ -190,8 +190,8 @@ def _header(job: config.Composed, folder: Path, rec: dict[str, Any], words: Sequ
     until = {"residual": f"to residual {stop.get('tol')}", "end_time": f"to t = {stop.get('t1')}",
              "fixed_steps": f"{stop.get('steps')} applications"}.get(c["stop"], c["stop"])  # fmt: skip
     gradient = "ift (gmres)" if c["adjoint"] == "ift" else c["adjoint"]
-    say("train", f"{line}      run {folder.name}\n"
-        f"z0 = {c['init']} → {c['solver']} {until} → gradient: {gradient} · {rec['params']['total']:,} parameters")  # fmt: skip
+    how = f"z0 = {c['init']} → {c['solver']} {until} → gradient: {gradient} · {rec['params']['total']:,} parameters"
+    say("train", f"{line}      run {folder.name}\n{how}")
 
 
 def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any], sink: Sink) -> None:
@@ -199,7 +199,9 @@ def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any], si
         test, metrics = rec["solve"]["test"], rec["metrics"]
         text = f"accuracy {share(metrics['test_acc'])} on {rec['data']['n_test']:,} unseen images"
         if test["status_counts"].get("REACHED_END", 0) == 0:
-            text += f" · {test['converged_fraction']:.1%} of them converged · {test['nfe_sample']:.1f} evaluations a solve"
+            text += (
+                f" · {test['converged_fraction']:.1%} of them converged · {test['nfe_sample']:.1f} evaluations a solve"
+            )
         if within := metrics["test_acc_within"]:
             parts = "   ".join(f"{k}: {share(v)}" for k, v in within.items())
             text += f"\nsteps allowed   {parts}   (0 = the head on the start z0 alone)"

@@ -26,7 +26,7 @@ def evaluate(model: Classifier, data: Data, split: Split, batch: int, device: De
         with device.autocast():
             out = model(x)
         timer.lap("predict")
-        tally.add(nnf.cross_entropy(out.logits, y), out.logits, y, out, model.layer.init.calls)  # type: ignore[arg-type]
+        tally.add(nnf.cross_entropy(out.logits, y), y, out, model.layer.init.calls)
     model.train()
     return {**tally.means(), "status_counts": tally.status_counts(), "predict_ms": timer.drain(wait=True)["predict"]}
 

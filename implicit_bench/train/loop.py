@@ -133,7 +133,7 @@ class Fit:
         for _ in range(steps):
             x, y = data.batch(data.train, order[at.batch * B : (at.batch + 1) * B], self._augment(at.epoch, at.batch))
             task, out = step(self.device.images(x), y)
-            tally.add(task, out.logits, y, out, step.start_calls)
+            tally.add(task, y, out, step.start_calls)
             at.batch += 1
             if at.cold_s is None:
                 at.cold_s = time.perf_counter() - began
@@ -160,12 +160,18 @@ class Fit:
             if val["acc"] > at.best_val_acc:
                 at.best_epoch, at.best_val_acc = at.epoch, val["acc"]
         ms = summary(at.times["step"][-self.steps_an_epoch :])["median"]
-        row = {"epoch": at.epoch, "lr": self.step.optimizer.param_groups[0]["lr"], "timing.step_ms": ms, **_named(train)}
+        row = {
+            "epoch": at.epoch,
+            "lr": self.step.optimizer.param_groups[0]["lr"],
+            "timing.step_ms": ms,
+            **_named(train),
+        }
         row |= {f"metrics.val_{k}": val[k] for k in ("acc", "loss") if k in val}
         self._row(row)
         nfe = f"{number(train['nfe_forward'])}/{number(train['nfe_backward'])}"
-        bar.line(f"{at.epoch:6d} {train['loss']:7.3f}  {share(val.get('acc')):>6}   {nfe:<10}  "
-                 f"{number(train['residual'], 2):>8}   {train['converged_fraction']:7.0%}   {number(ms):>9}")  # fmt: skip
+        residual, done = number(train["residual"], 2), train["converged_fraction"]
+        left = f"{at.epoch:6d} {train['loss']:7.3f}  {share(val.get('acc')):>6}"
+        bar.line(f"{left}   {nfe:<10}  {residual:>8}   {done:7.0%}   {number(ms):>9}")
         at.last, at.batch, at.tally = row, 0, {}
         self.save()
 

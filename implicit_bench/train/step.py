@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from ..adjoints import BackwardLog
 from ..clock import StepTimer
-from ..core import Status
+from ..core import Stats, Status
 from ..device import Device
 from ..models import Classifier, Output, Penalty
 from .recipe import Recipe
@@ -18,21 +19,23 @@ class NonFinite(RuntimeError):
 
 
 class Tally:
-    """Sums over samples of what steps report. `add` only keeps references; the arithmetic is done when asked for."""
+    """Sums over samples of what steps report. `add` only keeps references, never a graph; `settle` does the sums."""
 
     def __init__(self, sums: Mapping[str, float] | None = None):
         self.sums: dict[str, float] = dict(sums or {})
-        self._pending: list[tuple[Tensor, Tensor, Tensor, Output, int]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor, Stats, Tensor, BackwardLog, int]] = []
 
-    def add(self, loss: Tensor, logits: Tensor, y: Tensor, out: Output, start_calls: int) -> None:
-        self._pending.append((loss.detach(), logits.detach(), y, out._replace(logits=logits.detach()), start_calls))
+    def add(self, loss: Tensor, y: Tensor, out: Output, start_calls: int) -> None:
+        """loss () is the batch's mean, y (B,) its labels, start_calls what the start costs in evaluations of f."""
+        solution = out.layer.solution
+        self._pending.append((loss.detach(), out.logits.detach(), y, solution.stats, solution.status,
+                              out.layer.backward, start_calls))  # fmt: skip
         if len(self._pending) >= 64:
             self.settle()
 
     def settle(self) -> None:
-        for loss, logits, y, out, start_calls in self._pending:
-            layer, n = out.layer, len(y)
-            back, stats = layer.backward, layer.solution.stats
+        for loss, logits, y, stats, statuses, back, start_calls in self._pending:
+            n = len(y)
             extra = start_calls + back.forward_calls
             values: dict[str, float | Tensor] = {
                 "n": n, "batches": 1, "loss": loss * n, "correct": (logits.argmax(1) == y).sum(),
@@ -41,7 +44,7 @@ class Tally:
             }  # fmt: skip
             if back.iterations is not None and back.rhs_norm is not None:
                 values |= {"linear_iterations": back.iterations.sum(), "rhs_norm": back.rhs_norm.sum()}
-            for status, count in enumerate(torch.bincount(layer.solution.status, minlength=len(Status)).tolist()):
+            for status, count in enumerate(torch.bincount(statuses, minlength=len(Status)).tolist()):
                 values[f"status_{Status(status).name}"] = count
             for key, value in values.items():
                 self.sums[key] = self.sums.get(key, 0.0) + float(value)
@@ -55,8 +58,8 @@ class Tally:
             return {}
         n, batches = s["n"], s["batches"]
         out = {"loss": s["loss"] / n, "acc": s["correct"] / n, "nfe_forward": s["nfe_forward"] / batches,
-               "nfe_backward": s["nfe_backward"] / batches, "nfe_sample": s["nfe_sample"] / n, "calls_backward": s["calls_backward"] / batches,
-               "residual": s["residual"] / n}  # fmt: skip
+               "nfe_backward": s["nfe_backward"] / batches, "nfe_sample": s["nfe_sample"] / n,
+               "calls_backward": s["calls_backward"] / batches, "residual": s["residual"] / n}  # fmt: skip
         if "linear_iterations" in s:
             out |= {"linear_iterations": s["linear_iterations"] / n, "rhs_norm": s["rhs_norm"] / n}
         counts = self.status_counts()
@@ -74,13 +77,15 @@ class Step:
     Used by training and by bench alike, so that what is timed is what trains.
     """
 
-    def __init__(self, model: Classifier, penalties: Sequence[Penalty], recipe: Recipe, device: Device, total_steps: int):
+    def __init__(
+        self, model: Classifier, penalties: Sequence[Penalty], recipe: Recipe, device: Device, total_steps: int
+    ):
         self.model, self.penalties, self.recipe, self.device = model, penalties, recipe, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = recipe.make_optimizer(self.parameters)
         self.schedule = recipe.make_schedule(self.optimizer, total_steps)
         self.timer = StepTimer(device.torch)
-        self.start_calls: int = model.layer.init.calls  # type: ignore[assignment]
+        self.start_calls: int = model.layer.init.calls
         self.taken, self.nonfinite = 0, 0
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Output]:
@@ -108,8 +113,10 @@ class Step:
         self.schedule.step()
         self.timer.lap("optimizer")
         self.taken += 1
+        task = task.detach()
         if self.recipe.on_nonfinite == "raise" and not bool((norm + loss.detach()).isfinite()):
-            raise NonFinite(f"the loss ({float(task.detach()):.3g}) or its gradient (norm {float(norm):.3g}) was not finite at "
-                            f"step {self.taken}; lower recipe.lr, set recipe.clip=1, or use "
-                            "recipe.on_nonfinite=skip_step")  # fmt: skip
+            raise NonFinite(
+                f"the loss ({float(task):.3g}) or its gradient (norm {float(norm):.3g}) was not finite at step "
+                f"{self.taken}; lower recipe.lr, set recipe.clip=1, or use recipe.on_nonfinite=skip_step"
+            )
         return task, out

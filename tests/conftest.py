@@ -1,0 +1,19 @@
+import os
+
+# One thread a process: two test workers on two cores must not fight, and small tensors gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_wandb(tmp_path, monkeypatch):
+    """W&B writes below the test's own folder and finds no key of the user's."""
+    for name in ("CACHE", "DATA", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / f"wandb-{name.lower()}"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))

@@ -1,0 +1,176 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jobs
+import pytest
+
+from implicit_bench import record
+from implicit_bench.lock import RunLock, RunLocked
+from implicit_bench.train import command, loop
+
+RUN = ("model=skip_deq", "recipe.epochs=3", "dataset.flip=0.5", "dataset.pad=1", "progress.log_steps=10")
+
+
+def rows(folder):
+    """metrics.jsonl without times, which differ between any two runs."""
+    found = list(record.read_jsonl(folder / "metrics.jsonl"))
+    return [{k: v for k, v in row.items() if not k.startswith("timing")} for row in found]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return jobs.run(tmp_path_factory.mktemp("undisturbed"), *RUN)
+
+
+def test_the_record_is_complete(undisturbed):
+    rec = record.read_record(undisturbed.folder)
+    assert undisturbed.exit_code == 0
+    assert undisturbed.folder.name == f"skip_deq-digits-s0-{rec['run_id']}"
+    assert rec["status"] == "done"
+    assert rec["run_id"] == record.run_id(rec["config"])
+    assert rec["params"] == {"total": 58_890, "by_part": {"stem": 8_320, "cell": 32_768, "head": 1_290, "init": 16_512}}
+    assert (rec["data"]["n_train"], rec["data"]["n_val"], rec["data"]["n_test"]) == (1257, 180, 360)
+    assert (rec["steps"], rec["epochs"]) == (3 * 39, 3)
+    assert 1 <= rec["best_epoch"] <= 3
+    for key in ("train_loss", "val_acc", "val_loss", "test_acc", "test_loss", "start_acc"):
+        assert rec["metrics"][key] >= 0, key
+    assert set(rec["metrics"]["test_acc_within"]) == {"0", "1", "2", "4"}
+    for key in ("step", "forward", "backward", "optimizer", "predict"):
+        assert rec["timing"][f"{key}_ms"]["median"] > 0, key
+    assert rec["timing"]["step_ms"]["median"] >= rec["timing"]["forward_ms"]["median"]
+    assert rec["solve"]["converged_fraction"] == 1.0
+    assert rec["solve"]["nfe_forward"] > 3
+    assert rec["solve"]["nfe_backward"] == pytest.approx(rec["solve"]["linear_iterations"], rel=1)
+    assert rec["flops"]["step"] > 1e6
+    assert rec["memory"]["peak_mib"] > 10
+    assert rec["environment"]["torch"]
+    assert rec["resumed_from"] == []
+    for name in ("config.yaml", "metrics.jsonl", "last.pt", "previous.pt"):
+        assert (undisturbed.folder / name).exists(), name
+    assert [r["epoch"] for r in rows(undisturbed.folder) if "epoch" in r] == [1, 2, 3]
+
+
+def test_training_learns(tmp_path):
+    done = jobs.run(tmp_path, "model=skip_deq", "recipe.epochs=3")
+    epochs = [r for r in rows(done.folder) if "epoch" in r]
+    assert epochs[-1]["metrics.train_loss"] < 0.3 * epochs[0]["metrics.train_loss"]
+    assert done.record["metrics"]["test_acc"] > 0.85
+
+
+def test_the_test_split_is_touched_once_and_after_training(tmp_path, monkeypatch):
+    seen = []
+    real = command.evaluate
+    monkeypatch.setattr(command, "evaluate", lambda *a: seen.append(("test", a[2] is a[1].test)) or real(*a))
+    monkeypatch.setattr(loop, "evaluate", lambda *a: seen.append(("val", a[2] is a[1].val)) or real(*a))
+    jobs.run(tmp_path, *RUN)
+    assert seen == [("val", True)] * 3 + [("test", True)]
+
+
+@pytest.mark.parametrize("at", [5, 39, 50])
+def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, monkeypatch, undisturbed, at):
+    real = loop.Step.__call__
+
+    def stopping(self, x, y):
+        if self.taken == at - 1:
+            signal.raise_signal(signal.SIGINT)  # as Ctrl-C would: the step is finished, then the state saved
+        return real(self, x, y)
+
+    monkeypatch.setattr(loop.Step, "__call__", stopping)
+    first = jobs.run(tmp_path, *RUN)
+    assert first.exit_code == 130
+    assert record.read_record(first.folder)["status"] == "interrupted"
+    assert record.read_record(first.folder)["steps"] == at
+    assert not jobs.same_weights(first.folder, undisturbed.folder)
+    monkeypatch.setattr(loop.Step, "__call__", real)
+    second = jobs.run(tmp_path, *RUN)
+    assert second.exit_code == 0
+    assert second.folder == first.folder
+    assert [r["step"] for r in second.record["resumed_from"]] == [at]
+    assert jobs.same_weights(second.folder, undisturbed.folder)
+    assert rows(second.folder) == rows(undisturbed.folder)
+    assert second.record["metrics"] == undisturbed.record["metrics"]
+
+
+def test_sigkill_mid_run_then_the_same_command(tmp_path, undisturbed):
+    words = jobs.words(tmp_path, *RUN, "progress.save_s=0")
+    process = subprocess.Popen([sys.executable, "-m", "implicit_bench", "train", *words], stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    folder = tmp_path / "runs" / undisturbed.folder.name
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:  # several checkpoints, and somewhere inside an epoch
+        if (folder / "metrics.jsonl").exists() and len(rows(folder)) >= 3:
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert record.read_record(folder)["status"] == "running"
+    again = jobs.run(tmp_path, *RUN, "progress.save_s=0")
+    assert again.exit_code == 0
+    assert again.record["resumed_from"][0]["step"] > 0
+    assert jobs.same_weights(folder, undisturbed.folder)
+    assert rows(folder) == rows(undisturbed.folder)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, capsys):
+    first = jobs.run(tmp_path, "length=smoke")
+    stamp = (first.folder / "record.json").stat().st_mtime_ns
+    again = jobs.run(tmp_path, "length=smoke")
+    assert "is done: test accuracy" in capsys.readouterr().out
+    assert again.exit_code == 0
+    assert (first.folder / "record.json").stat().st_mtime_ns == stamp
+    forced = jobs.run(tmp_path, "length=smoke", "force=true")
+    assert forced.record["attempt"] == 2
+    assert json.loads((first.folder / "attempt-1.record.json").read_text())["attempt"] == 1
+    assert jobs.same_weights(first.folder, forced.folder)
+
+
+def test_a_second_process_on_one_run_stops_and_says_so(tmp_path):
+    first = jobs.run(tmp_path, "length=smoke")
+    (first.folder / "record.json").unlink()
+    with RunLock(first.folder), pytest.raises(RunLocked, match="is being written by pid"):
+        jobs.run(tmp_path, "length=smoke")
+
+
+def test_a_nonfinite_run_is_recorded_as_failed_and_not_as_done(tmp_path, capsys):
+    failed = jobs.run(tmp_path, "length=smoke", "recipe.lr=1e30", "recipe.optimizer=sgd")
+    assert failed.exit_code == 1
+    rec = record.read_record(failed.folder)
+    assert rec["status"] == "failed"
+    assert "not finite at step" in rec["error"]
+    assert "lower recipe.lr" in capsys.readouterr().err
+    assert jobs.run(tmp_path, "length=smoke", "recipe.lr=1e30", "recipe.optimizer=sgd").exit_code == 1
+
+
+def test_a_corrupt_record_is_named_and_kept(tmp_path):
+    first = jobs.run(tmp_path, "length=smoke")
+    (first.folder / "record.json").write_text('{"schema_version": 1, "ru')
+    with pytest.raises(record.RecordError, match=r"record.json cannot be read .*; delete it and run again"):
+        jobs.run(tmp_path, "length=smoke")
+    assert (first.folder / "record.json").read_text().endswith('"ru')
+
+
+def test_an_hour_is_announced_after_ten_steps(tmp_path, capsys):
+    jobs.run(tmp_path, "recipe.epochs=1", "recipe.max_steps=11")
+    assert "length=short" not in capsys.readouterr().err
+    fit = loop.Fit.__new__(loop.Fit)
+    fit.total, fit.steps_an_epoch, fit.step = 100_000, 1000, type("S", (), {"taken": 10})
+    said = []
+    fit._warn_if_long(1.0, said.append)
+    assert "about 27.8 h on this machine" in said[0]
+    assert "length=short trains 3 epochs in 50 min" in said[0]
+
+
+def test_dtype_float64_trains_in_float64(tmp_path):
+    done = jobs.run(tmp_path, "length=smoke", "gpu.dtype=float64", "stop.tol=1e-10", "adjoint.rtol=1e-10")
+    assert all(w.dtype.is_floating_point and w.itemsize == 8 for w in jobs.weights(done.folder).values())
+    assert done.record["solve"]["residual"] < 1e-10
+
+
+def test_bfloat16_autocast_trains(tmp_path):
+    done = jobs.run(tmp_path, "recipe.epochs=3", "gpu.dtype=bfloat16", "stop.tol=3e-2", "adjoint.rtol=3e-2")
+    assert done.record["metrics"]["test_acc"] > 0.8
+    assert done.record["solve"]["converged_fraction"] > 0.95

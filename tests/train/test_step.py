@@ -1,0 +1,127 @@
+import jobs
+import pytest
+import torch
+from torch.nn import functional as nnf
+
+from implicit_bench import config
+from implicit_bench.device import Device
+from implicit_bench.train import NonFinite, Step, Tally
+
+
+@pytest.fixture
+def make(tmp_path):
+    def made(*words):
+        job = config.compose("train", jobs.words(tmp_path, "stop.tol=1e-5", *words))
+        parts = config.build(job.config)
+        return Step(parts.model, parts.penalties, parts.recipe, Device("cpu", threads=1), 10)
+
+    return made
+
+
+def batch(n=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 1, 8, 8, generator=g), torch.randint(10, (n,), generator=g)
+
+
+def test_a_step_moves_weights_along_the_loss_and_penalty_gradient(make):
+    x, y = batch()
+    step = make("model=skip_deq", "penalty.skip.weight=2.0", "recipe.optimizer=sgd", "recipe.momentum=0.0",
+                "recipe.schedule=constant", "recipe.lr=0.1")  # fmt: skip
+    other = make("model=skip_deq")
+    other.model.load_state_dict(step.model.state_dict())
+    out = other.model(x)
+    loss = nnf.cross_entropy(out.logits, y) + 2.0 * (out.layer.z - out.layer.start).abs().mean()
+    loss.backward()
+    expected = {k: p.detach() - 0.1 * p.grad for k, p in other.model.named_parameters()}
+    task, _ = step(x, y)
+    assert float(task) == pytest.approx(float(nnf.cross_entropy(out.logits, y).detach()), rel=1e-6)
+    for k, p in step.model.named_parameters():
+        assert torch.allclose(p, expected[k], atol=1e-6), k
+
+
+def test_clip_bounds_the_update(make):
+    step = make("model=deq", "recipe.optimizer=sgd", "recipe.momentum=0.0", "recipe.lr=1.0", "recipe.clip=0.01")
+    before = torch.cat([p.detach().flatten().clone() for p in step.parameters])
+    step(*batch())
+    moved = torch.cat([p.detach().flatten() for p in step.parameters]) - before
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_pretraining_applies_the_cell_depth_times_then_solves(make):
+    step = make("model=deq", "recipe.pretrain_steps=2", "recipe.pretrain_depth=3")
+    calls = []
+    for _ in range(3):
+        _, out = step(*batch())
+        calls.append(out.layer.solution.stats.calls)
+    assert calls[:2] == [3, 3]
+    assert calls[2] > 3
+
+
+def test_each_part_of_a_step_is_timed_once(make):
+    step = make("model=deq")
+    for _ in range(3):
+        step(*batch())
+    laps = step.timer.drain()
+    assert list(laps) == ["forward", "backward", "optimizer"]
+    assert all(len(v) == 3 and min(v) > 0 for v in laps.values())
+
+
+def test_a_nonfinite_loss_raises_and_names_the_step(make):
+    step = make("model=deq")
+    x, y = batch()
+    step(x, y)
+    with pytest.raises(NonFinite, match=r"at step 2; lower recipe.lr"):
+        step(x * float("nan"), y)
+
+
+def test_skip_step_leaves_weights_and_optimiser_alone_and_counts(make):
+    step = make("model=deq", "recipe.on_nonfinite=skip_step")
+    x, y = batch()
+    step(x, y)
+    before = [p.detach().clone() for p in step.parameters]
+    moments = [s["exp_avg"].clone() for s in step.optimizer.state.values()]
+    step(x * float("inf"), y)
+    assert step.nonfinite == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, step.parameters))
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, step.optimizer.state.values()))
+    step(x, y)
+    assert step.nonfinite == 1
+    assert not all(torch.equal(a, b) for a, b in zip(before, step.parameters))
+
+
+def test_vanishing_gradients_stay_finite(make):
+    """A sample learned perfectly has a cotangent that underflows: its linear system must not spoil the others'."""
+    step = make("model=deq")
+    x, y = batch()
+    with torch.no_grad():
+        logits = step.model(x).logits
+        y = logits.argmax(1)
+        for scale in (1e2, 1e3, 1e4):
+            step.model.head.weight.mul_(scale)
+            step.model.head.bias.mul_(scale)
+            with torch.enable_grad():
+                step(x, y)  # raises NonFinite if it is not
+
+
+def test_tally_means_are_means_over_samples_and_batches(make):
+    step, tally = make("model=deq"), Tally()
+    losses, right, n = [], 0, 0
+    nfe, vjps = [], []
+    for k, size in enumerate((16, 8)):
+        x, y = batch(size, k)
+        task, out = step(x, y)
+        tally.add(task, y, out, 5)
+        losses.append(float(task) * size)
+        right += int((out.logits.argmax(1) == y).sum())
+        n += size
+        nfe.append(out.layer.solution.stats.calls + 1 + 5)  # the solve's, the re-attaching one, the start's
+        vjps.append(out.layer.backward.vjps)
+    means = tally.means()
+    assert means["loss"] == pytest.approx(sum(losses) / n)
+    assert means["acc"] == pytest.approx(right / n)
+    assert means["nfe_forward"] == sum(nfe) / 2
+    assert means["nfe_backward"] == sum(vjps) / 2
+    assert means["converged_fraction"] == 1.0
+    assert tally.status_counts() == {"CONVERGED": n}
+    again = Tally(tally.sums)
+    assert again.means() == means
