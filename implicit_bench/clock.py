@@ -236,9 +236,21 @@ def _t_over_z(p: float, df: float) -> float:
 def ratio(
     a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 2000, level: float = 0.95
 ) -> Ratio:
-    """median(a) / median(b) over paired rounds, with a block bootstrap interval (moving blocks, wrapped at the end).
+    """median(a) / median(b) over paired rounds with a moving-block bootstrap interval.
 
-    COVERAGE_TABLE
+    Blocks of 2 n^(1/3) successive rounds, which may wrap past the end (Politis and Romano 1992), are drawn alike for both
+    rows. The log ratio's percentiles are stretched about the estimate by t/z with n/block - 1 degrees of freedom, since
+    there are only that many blocks. Medians must be of times above 0; the interval means little under `MIN_ROUNDS`.
+
+    Coverage of a 95 % interval: pairs of AR(1) log-normal times, 5 % sd, half of the variance shared; 3 seeds x 2000:
+        rho            0      .3     .6     .8*    .9*         * 1000 simulations
+        n = 40        .980   .972   .954   .88    .80
+        n = 100       .971   .962   .958   .90    .82          n = 180: .96*  .96*  .95*  .90  .84
+    Conservative when pairs share most of their noise (.9 of it: .985-.998 for rho 0 to .6), .92-.97 when none.
+    Tried and left, at rho 0, .3, .6 and n = 40: the same without the stretch .93 .92 .89, also without wrapping .91 .89
+    .86; blocks of n^(1/3), stretched, .98 .96 .93; the basic interval .83 .82 .81; a block length from the lag-1
+    autocorrelation .98 .96 .95, but slow outliers hide the autocorrelation (.94 where this has .97, at rho .6); smoothing
+    by a kernel gained nothing. Studentising, a bootstrap in the bootstrap, was not tried.
     """
     n = len(a)
     if n != len(b) or not n:
@@ -261,9 +273,9 @@ def ratio(
     centre = (medians[0] / medians[1]).log()
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     ends = ((drawn[0] / drawn[1]).log().quantile(tails) - centre) * _t_over_z((1 + level) / 2, max(3, n / block - 1))
-    value, low, high = (centre + torch.stack([ends[0] * 0, ends[0].clamp(max=0), ends[1].clamp(min=0)])).exp().tolist()
+    low, high = (centre + torch.stack([ends[0].clamp(max=0), ends[1].clamp(min=0)])).exp().tolist()
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
-    return Ratio(value, low, high, n, verdict if n >= MIN_ROUNDS else "too few rounds")
+    return Ratio(centre.exp().item(), low, high, n, verdict if n >= MIN_ROUNDS else "too few rounds")
 
 
 def unit_cost(fn: Callable[[], object], *, device: str | torch.device, min_time_s: float = 0.2) -> float:

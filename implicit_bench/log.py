@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from .record import METRICS, slashed
 
 Values = Mapping[str, Any]  # METRICS keys, or any: dots and nested dicts become slashes
-GROUPS = ("model", "network", "init", "solver", "stop", "adjoint", "penalty", "recipe", "gpu", "dataset")
+GROUPS = ("model", "network", "init", "solver", "stop", "adjoint", "penalty", "dataset")
 
 
 class Sink(Protocol):
@@ -175,6 +175,7 @@ class Wandb:
                     reason = " (no key found)"
             except Exception as error:  # a wrong key, or no network
                 reason = f" ({_line(error)})"
+                wandb.teardown(1)  # else its service holds on to the id of the run that could not go online
         if self._run is None:
             self._run = wandb.init(mode="offline", settings=settings, **identity)
         atexit.register(self._drain)
@@ -233,7 +234,7 @@ def _flat(values: Values) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
 def _say(line: str) -> None:

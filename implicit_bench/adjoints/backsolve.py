@@ -39,7 +39,7 @@ class Backsolve:
             return self._foreign(F, z0, forward, wrt, log)
         with torch.no_grad():
             solution = forward(F, z0)
-        stop = EndTime(forward.stop.t1, self.max_steps)  # type: ignore[attr-defined]
+        stop = EndTime(forward.stop.t1, self.max_steps)
         z = _Backsolve.apply(F, solver, stop, log, solution.value, len(wrt), *wrt)
         return self._output(F, z, stop.t1, log), solution, log
 

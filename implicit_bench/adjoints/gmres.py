@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from ..core import Reduce
 from ..core.solve import OpenRows
@@ -31,17 +32,25 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
     """
     beta = reduce.norm(b)
     bound = atol + rtol * beta
-    R, m, dtype = len(beta), max_iter, beta.dtype
+    R, dtype = len(beta), beta.dtype
     tiny, noise = torch.finfo(dtype).tiny, 10 * torch.finfo(dtype).eps
     solvable = beta.isfinite() & (beta > tiny**0.5)  # below that the squares in a norm underflow: x = 0 is as good
-    V = b.new_empty((m + 1, *b.shape))
+    cap = min(max_iter, 8)  # the basis grows as needed: most solves end long before max_iter
+    V = b.new_empty((cap + 1, *b.shape))
     V[0] = torch.where(solvable, b / beta, 0.0)
-    H = torch.zeros(R, m, m, dtype=dtype, device=b.device)  # becomes upper triangular
-    Q = torch.eye(m + 1, dtype=dtype, device=b.device).repeat(R, 1, 1)  # the product of the Givens rotations
+    H = torch.zeros(R, cap, cap, dtype=dtype, device=b.device)  # becomes upper triangular
+    Q = torch.eye(cap + 1, dtype=dtype, device=b.device).repeat(R, 1, 1)  # the product of the Givens rotations
     residual, iterations = beta.clone(), torch.zeros_like(beta, dtype=torch.int64)
     active = (residual > bound) & solvable
     rows, j, products = OpenRows(b.is_cuda), 0, 0
-    while j < m and rows.read(active):
+    while j < max_iter and rows.read(active):
+        if j == cap:
+            more = min(cap, max_iter - cap)
+            V = torch.cat((V, V.new_empty((more, *b.shape))))
+            H = nnf.pad(H, (0, more, 0, more))
+            Q = nnf.pad(Q, (0, more, 0, more))
+            Q.diagonal(dim1=1, dim2=2)[:, cap + 1 :] = 1.0
+            cap += more
         w = A(V[j])
         products += 1
         basis = V[: j + 1]
@@ -58,8 +67,7 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         active = active & (rho > floor)  # a breakdown without convergence: A is singular on this space
         V[j + 1] = torch.where(active & (norm > floor), w / norm, 0.0)  # rows not active must stay finite
         c, s = (last / rho).unsqueeze(2), (norm / rho).unsqueeze(2)
-        H[:, :j, j] = torch.where(active, rotated[:, :j], 0.0)
-        H[:, j, j] = torch.where(active, rho, 1.0).squeeze(1)
+        H[:, :j, j], H[:, j, j] = rotated[:, :j], rho.squeeze(1)
         upper, lower = Q[:, j : j + 1], Q[:, j + 1 : j + 2]
         turned = torch.cat((c * upper + s * lower, c * lower - s * upper), 1)
         Q[:, j : j + 2] = torch.where(active.unsqueeze(2), turned, Q[:, j : j + 2])
@@ -69,9 +77,10 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         active = active & (residual > bound)
     x = torch.zeros_like(b)
     if j:
-        steps = torch.arange(j, device=b.device)
-        g = torch.where(steps < iterations, beta * Q[:, :j, 0], 0.0).unsqueeze(2)
-        y = torch.linalg.solve_triangular(H[:, :j, :j], g, upper=True).squeeze(2)
+        own = torch.arange(j, device=b.device) < iterations  # (R, j): the columns that a row made before it was done
+        g = torch.where(own, beta * Q[:, :j, 0], 0.0).unsqueeze(2)
+        H = torch.where(own.unsqueeze(1), H[:, :j, :j], torch.eye(j, dtype=dtype, device=b.device))
+        y = torch.linalg.solve_triangular(H, g, upper=True).squeeze(2)
         x = reduce.combine(y, V[:j])
     relative = residual / beta.clamp_min(tiny)
     converged = (residual <= bound) & beta.isfinite() | (beta <= tiny**0.5)

@@ -79,7 +79,7 @@ class FixedSteps:
         self.steps, self.max_steps, self.per_sample = steps, steps - 1, per_sample
 
     def open(self, state: State, k: int, reduce: Reduce) -> Tensor:
-        return state.F.detach().sum(1).isfinite() & (k < self.max_steps)
+        return reduce.whole(state.F.detach().sum(1).isfinite()) & (k < self.max_steps)
 
     def verdict(self, state: State, reduce: Reduce) -> Tensor:
         return torch.full(state.t.shape, int(Status.REACHED_END), device=state.z.device)

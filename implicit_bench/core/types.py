@@ -125,20 +125,22 @@ class Reduce:
 
     def gram(self, V: Tensor) -> Tensor:
         """All inner products of k states, (k, B, D) -> (R, k, k)."""
-        V = self._vectors(V)
-        return V @ V.mT
+        rows = V.to(_wide(V.dtype)).transpose(0, 1) if self.per_sample else V.to(_wide(V.dtype)).flatten(1).unsqueeze(0)
+        return torch.bmm(rows, rows.mT)
 
     def dots(self, V: Tensor, w: Tensor) -> Tensor:
         """<V_i, w>: (k, B, D), (B, D) -> (R, k)."""
-        return (self._vectors(V) @ self._vectors(w.unsqueeze(0)).mT).squeeze(-1)
+        V, w = V.to(_wide(V.dtype)), w.to(_wide(w.dtype))
+        if self.per_sample:
+            return torch.linalg.vecdot(V, w).T
+        return torch.mv(V.flatten(1), w.flatten()).unsqueeze(0)
 
     def combine(self, h: Tensor, V: Tensor) -> Tensor:
         """sum_i h_i V_i: (R, k), (k, B, D) -> (B, D), in V's dtype."""
-        return (h.unsqueeze(1).to(V.dtype) @ self._vectors(V, V.dtype)).view(V.shape[1:])
-
-    def _vectors(self, V: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        V = V.to(dtype or _wide(V.dtype))
-        return V.transpose(0, 1) if self.per_sample else V.flatten(1).unsqueeze(0)  # (R, k, numbers a row)
+        h = h.to(V.dtype)
+        if self.per_sample:
+            return torch.bmm(h.unsqueeze(1), V.transpose(0, 1)).squeeze(1)
+        return torch.mm(h, V.flatten(1)).view(V.shape[1:])
 
 
 class FixedPoint:

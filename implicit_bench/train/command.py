@@ -139,7 +139,7 @@ def _fill(rec: dict[str, Any], fit: Fit) -> None:
     rec["nonfinite_steps"] = fit.step.nonfinite
     for key, value in at.last.items():
         section, _, name = key.partition(".")
-        if name and section in ("metrics", "solve"):
+        if name and (section in ("metrics", "solve") or key == "timing.epoch_s"):
             rec[section][name] = value
     rec["timing"]["cold_s"] = at.cold_s
     for name, values in at.times.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..clock import summary
+from ..clock import StepTimer, summary
 from ..data import Data
 from ..device import Device
 from ..models import Classifier
@@ -82,6 +82,7 @@ class Fit:
         self.at = Progress()
         self.saved_step = -1
         self._generator = torch.Generator(device.torch)
+        self._fetch = StepTimer(device.torch)
 
     def resume(self, say: Callable[[str], None]) -> int | None:
         """Take up the newest whole checkpoint; returns its step, None if there is none."""
@@ -128,11 +129,14 @@ class Fit:
         order = data.order(len(data.train), self.seed, at.epoch)
         tally = Tally(at.tally)
         last_save = time.perf_counter()
-        began, first = last_save, step.taken
+        began, first, saving = last_save, step.taken, 0.0
         steps = min(self.steps_an_epoch - at.batch, self.total - step.taken)
         for _ in range(steps):
+            self._fetch.start()
             x, y = data.batch(data.train, order[at.batch * B : (at.batch + 1) * B], self._augment(at.epoch, at.batch))
-            task, out = step(self.device.images(x), y)
+            x = self.device.images(x)
+            self._fetch.lap("data")
+            task, out = step(x, y)
             tally.add(task, y, out, step.start_calls)
             at.batch += 1
             if at.cold_s is None:
@@ -146,11 +150,14 @@ class Fit:
                 self.save(tally)
                 raise Interrupted
             if time.perf_counter() - last_save > self.save_s:
+                now = time.perf_counter()
                 self.save(tally)
                 last_save = time.perf_counter()
-        self._close_epoch(tally, bar)
+                saving += last_save - now
+        tally.settle()
+        self._close_epoch(tally, bar, time.perf_counter() - began - saving)
 
-    def _close_epoch(self, tally: Tally, bar: Bar) -> None:
+    def _close_epoch(self, tally: Tally, bar: Bar, seconds: float) -> None:
         at, data = self.at, self.data
         self._collect_times()
         train = tally.means()
@@ -164,6 +171,7 @@ class Fit:
             "epoch": at.epoch,
             "lr": self.step.optimizer.param_groups[0]["lr"],
             "timing.step_ms": ms,
+            "timing.epoch_s": seconds,
             **_named(train),
         }
         row |= {f"metrics.val_{k}": val[k] for k in ("acc", "loss") if k in val}
@@ -191,6 +199,7 @@ class Fit:
         if not laps:
             return
         laps["step"] = [sum(parts) for parts in zip(*laps.values())]
+        laps |= self._fetch.drain(wait=True)
         for name, values in laps.items():
             self.at.times[name] = [*self.at.times.get(name, ()), *values][-KEPT_TIMES:]
 

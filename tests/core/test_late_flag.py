@@ -1,0 +1,99 @@
+"""The stop flag as CUDA reads it, one step late, without a GPU: the same numbers, one step taken in vain."""
+
+import math
+
+import pytest
+import torch
+from problems import BATCH, PER_SAMPLE, Watched, affine, contraction, random, tanh_map
+
+from implicit_bench.adjoints import gmres
+from implicit_bench.core import EndTime, FixedPoint, FixedSteps, Residual, Status, solve
+from implicit_bench.core.solve import OpenRows
+from implicit_bench.solvers import Anderson, Picard, Tsit5
+
+
+class Event:
+    """A copy is there once its event has been waited for."""
+
+    waited = 0
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        Event.waited += 1
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Makes every flag a late one, as on CUDA, from the moment it is called."""
+    plain = torch.empty
+
+    def force():
+        monkeypatch.setattr(OpenRows.__init__, "__code__", (lambda self, late: _late(self)).__code__)
+        monkeypatch.setitem(OpenRows.__init__.__globals__, "_late", _make_late)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: plain(*a, **k))
+
+    return force
+
+
+def _make_late(flag):
+    flag.late, flag._host, flag._event = True, None, None
+
+
+MIXED = affine((0.5, 3.0, -0.7, 0.9), limit=100.0)  # one row goes NaN, the others end one by one
+TANH = tanh_map(contraction(3, 0.8), random(4, 3, seed=1))
+START = torch.full((4, 3), 2.0).double()
+CASES = {
+    "picard": (MIXED, Picard(), Residual(1e-6, max_steps=500), 1),
+    "anderson": (TANH, Anderson(), Residual(1e-6), 1),
+    "tsit5": (TANH, Tsit5(), Residual(1e-3, max_steps=200), 6),
+    "end_time": (lambda z, t: -z * torch.arange(1, 5).view(4, 1), Tsit5(), EndTime(1.0), 6),
+    "converged start": (affine((0.5, 0.1, 0.2, 0.3)), Picard(), Residual(10.0), 1),
+    "cap": (affine((0.99, 0.98, 0.97, 0.5)), Picard(), Residual(1e-6, max_steps=30), 0),
+    "fixed": (MIXED, Picard(), FixedSteps(20), 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("reduce", [PER_SAMPLE, BATCH], ids=["per_sample", "batch"])
+def test_late_reading_changes_nothing_but_the_calls(name, reduce, late):
+    F, solver, stop, in_vain = CASES[name]
+    now = solve(F, START, solver=solver, stop=stop, reduce=reduce)
+    late()
+    f = F.f if isinstance(F, FixedPoint) else F
+    watched = Watched(f)
+    later = solve(FixedPoint(watched) if f is not F else watched, START, solver=solver, stop=stop, reduce=reduce)
+    assert torch.equal(now.value, later.value)
+    assert torch.equal(now.field, later.field)
+    assert torch.equal(now.status, later.status)
+    assert torch.equal(now.stats.nfe, later.stats.nfe)
+    assert torch.equal(now.stats.steps, later.stats.steps)
+    if name == "fixed" and reduce is BATCH:  # ended by its NaN, before its last step
+        in_vain = 1
+    assert later.stats.calls == now.stats.calls + in_vain == watched.calls
+    if name == "picard" and reduce is PER_SAMPLE:
+        assert Status.NONFINITE in later.status.tolist()
+
+
+def test_the_host_reads_only_what_it_has_waited_for(late):
+    late()
+    Event.waited = 0
+    flag = OpenRows(False)
+    rows = [torch.tensor([True, True]), torch.tensor([True, False]), torch.tensor([False, False])]
+    assert [flag.read(r) for r in rows] == [1, 2, 1]  # nothing known yet, then the count of the call before
+    assert Event.waited == 2
+
+
+def test_a_late_linear_solve_is_the_same_and_counts_its_product_in_vain(late):
+    A = torch.eye(5).double() - contraction(5, 0.9)
+    b = random(3, 5, seed=1)
+    now = gmres(lambda v: v @ A, b, PER_SAMPLE, rtol=1e-3, atol=0.0, max_iter=20)
+    late()
+    later = gmres(lambda v: v @ A, b, PER_SAMPLE, rtol=1e-3, atol=0.0, max_iter=20)
+    assert torch.equal(now.iterations, later.iterations)
+    assert torch.equal(now.residual, later.residual)
+    torch.testing.assert_close(now.x, later.x, rtol=0, atol=1e-15)
+    assert later.products == now.products + 1
+    assert math.isclose(float(now.iterations.max()), now.products)
