@@ -236,21 +236,21 @@ def _t_over_z(p: float, df: float) -> float:
 def ratio(
     a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 2000, level: float = 0.95
 ) -> Ratio:
-    """median(a) / median(b) over paired rounds with a moving-block bootstrap interval.
+    """median(a) / median(b) over paired rounds with a moving-block bootstrap interval; the times must be above 0.
 
-    Blocks of 2 n^(1/3) successive rounds, which may wrap past the end (Politis and Romano 1992), are drawn alike for both
-    rows. The log ratio's percentiles are stretched about the estimate by t/z with n/block - 1 degrees of freedom, since
-    there are only that many blocks. Medians must be of times above 0; the interval means little under `MIN_ROUNDS`.
+    Blocks of 2 n^(1/3) successive rounds, which may wrap past the end (Politis and Romano 1992), are drawn alike for
+    both rows. The log ratio's percentiles are stretched about the estimate by t/z at n/block - 1 degrees of freedom,
+    since there are only so many blocks. The interval means little under `MIN_ROUNDS`.
 
-    Coverage of a 95 % interval: pairs of AR(1) log-normal times, 5 % sd, half of the variance shared; 3 seeds x 2000:
-        rho            0      .3     .6     .8*    .9*         * 1000 simulations
-        n = 40        .980   .972   .954   .88    .80
-        n = 100       .971   .962   .958   .90    .82          n = 180: .96*  .96*  .95*  .90  .84
-    Conservative when pairs share most of their noise (.9 of it: .985-.998 for rho 0 to .6), .92-.97 when none.
-    Tried and left, at rho 0, .3, .6 and n = 40: the same without the stretch .93 .92 .89, also without wrapping .91 .89
-    .86; blocks of n^(1/3), stretched, .98 .96 .93; the basic interval .83 .82 .81; a block length from the lag-1
-    autocorrelation .98 .96 .95, but slow outliers hide the autocorrelation (.94 where this has .97, at rho .6); smoothing
-    by a kernel gained nothing. Studentising, a bootstrap in the bootstrap, was not tried.
+    Coverage at 95 %: AR(1) log-normal times, 5 % sd, half of the variance shared; 3 seeds x 2000, * 1 x 1000:
+        rho          0     .3     .6    .8*   .9*
+        n = 40     .980   .972   .954   .88   .80
+        n = 100    .971   .962   .958   .90   .82
+        n = 180*   .958   .955   .945   .90   .84
+    Of rows that share .9 of their noise: .985-.998 for rho 0 to .6 (wide, so safe); of rows that share none: .92-.97.
+    Left, at n = 40 and rho 0, .3, .6: no stretch .93 .92 .89; nor wrapping .91 .89 .86; blocks of n^(1/3), stretched,
+    .98 .96 .93; the basic interval .83 .82 .81; a block length from the lag-1 autocorrelation .98 .96 .95, which
+    outliers mislead (.94 at rho .6, where this has .97). Smoothing gained nothing; studentising was not tried.
     """
     n = len(a)
     if n != len(b) or not n:

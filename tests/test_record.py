@@ -217,7 +217,7 @@ KEYS = [
         "length",
         "config",
     ),
-    *("params", "data", "steps", "epochs", "best_epoch", "metrics", "timing", "solve", "memory", "flops"),
+    *("config", "params", "data", "steps", "epochs", "best_epoch", "metrics", "timing", "solve", "memory", "flops"),
     *("nonfinite_steps", "resumed_from", "environment", "started_at", "finished_at"),
 ]
 SECTIONS = {
