@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 import itertools
-import math
-import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
-GROUPS = ("network", "init", "solver", "stop", "adjoint", "penalty", "recipe", "gpu", "logger", "dataset", "model",
-          "protocol", "experiment", "length")  # fmt: skip
-
-
-class UsageError(Exception):
-    """A user's mistake, told in one sentence; the process ends with exit code 2."""
+from .schema import GROUPS, PLAIN, UsageError, check, first_line, nearest, no_key
 
 
 def config_dir() -> Path:
@@ -51,28 +40,48 @@ def compose_all(command: str, jobs: Sequence[Sequence[str]], search: Sequence[st
         return [_compose(command, job) for job in jobs]
 
 
-def expand(overrides: Sequence[str]) -> list[list[str]]:
+def expand(overrides: Sequence[str], search: Sequence[str] = ()) -> list[list[str]]:
     """The jobs of a sweep, `model=a,b seed=0,1` -> four lists, by Hydra's own grammar; the last axis runs fastest."""
-    axes: list[list[str]] = []
-    for o in parse(overrides):
-        if o.is_sweep_override():
-            name = o.get_key_element()
-            axes.append([f"{name}={value}" for value in o.sweep_string_iterator()])
-        else:
-            axes.append([o.input_line])
-    return [list(job) for job in itertools.product(*axes)]
+    return [list(job) for job in itertools.product(*_axes(overrides, search))]
 
 
-def parse(overrides: Sequence[str]) -> list[Any]:
+def each_value(overrides: Sequence[str], search: Sequence[str] = ()) -> list[list[str]]:
+    """Few jobs that between them name every value of a sweep: one axis moves while the others stand still."""
+    axes = _axes(overrides, search)
+    first = [axis[0] for axis in axes]
+    return [first, *([*first[:i], value, *first[i + 1 :]] for i, axis in enumerate(axes) for value in axis[1:])]
+
+
+def _axes(overrides: Sequence[str], search: Sequence[str]) -> list[list[str]]:
+    from hydra.core.global_hydra import GlobalHydra
+
+    with _hydra(search):
+        axes = []
+        for o in parse(overrides, GlobalHydra.instance().config_loader()):  # which glob() looks names up in
+            if not o.is_sweep_override():
+                axes.append([o.input_line])
+            elif not o.is_discrete_sweep():
+                raise UsageError(f"{o.input_line!r} has no list of values; write them, or range(start,stop,step)")
+            else:
+                axes.append([f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()])
+            if not axes[-1]:
+                raise UsageError(f"{o.input_line!r} names no value")
+        return axes
+
+
+def parse(overrides: Sequence[str], loader: Any = None) -> list[Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     parsed = []
     for text in overrides:
+        if not text.partition("=")[0].strip("+~ ") or ("=" not in text and not text.startswith("~")):
+            raise UsageError(f"cannot read {text!r}: write key=value, such as model=deq")
         try:
-            parsed.extend(OverridesParser.create().parse_overrides([text]))
-        except HydraException as error:
-            raise UsageError(f"cannot read {text!r}: write key=value ({_first_line(error)})") from None
+            parsed.extend(OverridesParser.create(loader).parse_overrides([text]))
+        except HydraException:
+            raise UsageError(f"cannot read {text!r}: write key=value, or key='value' with quotes that reach "
+                             "implicit-bench if the value has brackets, commas or other signs in it") from None  # fmt: skip
     return parsed
 
 
@@ -84,15 +93,17 @@ def resolved(cfg: Any, choices: dict[str, str], overrides: Sequence[str] = ()) -
     try:
         config = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise UsageError(f"cannot resolve the configuration: {_first_line(error)}") from None
+        raise UsageError(f"cannot resolve the configuration: {first_line(error)}") from None
     assert isinstance(config, dict)
     config.pop("hydra", None)
+    if "recipe" in config:
+        config.setdefault("penalty", {})  # penalty=[] is penalty=[none]
     check(config)
     return Composed(config, choices, list(overrides))
 
 
 def save(config: dict[str, Any], path: Path) -> None:
-    """The resolved config as YAML, for a reader's eyes and for `--config-dir`."""
+    """The resolved config as YAML, for a reader's eyes."""
     from omegaconf import OmegaConf
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,17 +116,22 @@ def _compose(command: str, overrides: Sequence[str]) -> Composed:
     from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    for o in parse(overrides):
-        if o.is_sweep_override():
-            raise UsageError(f"{o.input_line!r} names several values: add -m to `train` for one run each")
+    words = parse(overrides)
+    for o in words:
+        _check_word(o)
     try:
         cfg = hydra.compose(command, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(command, overrides, error)) from None
+        raise UsageError(_explain(command, words, error)) from None
     choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if not k.startswith("hydra/") and v is not None}
     with open_dict(cfg):
         del cfg["hydra"]
-    return resolved(cfg, choices, overrides)
+    job = resolved(cfg, choices, overrides)
+    for o in words:  # components and top-level keys have been checked, but who would read +protocol.foo?
+        head = job.config.get(o.key_or_group.partition(".")[0])
+        if o.is_add() and o.key_or_group not in PLAIN and "_target_" not in (head if isinstance(head, dict) else ()):
+            raise UsageError(no_key(o.key_or_group, _keys_of(command)))
+    return job
 
 
 class _hydra:
@@ -135,8 +151,8 @@ class _hydra:
         self.context = initialize_config_dir(str(config_dir()), version_base="1.3", job_name="implicit-bench")
         self.context.__enter__()
         path = GlobalHydra.instance().config_loader().get_search_path()
-        for folder in self.search:
-            path.append("command-line", f"file://{folder}")
+        for folder in self.search:  # before ours, as hydra.main does it
+            path.prepend("command-line", f"file://{folder}")
 
     def __exit__(self, *exc: Any) -> None:
         self.context.__exit__(*exc)
@@ -145,43 +161,55 @@ class _hydra:
 # ---------------------------------------------------------------------------------------------------- mistakes
 
 
-def nearest(word: str, options: Sequence[str]) -> str:
-    """`; nearest: x`, or the options themselves when nothing is near and they are few."""
-    near = difflib.get_close_matches(word, options, 1, 0.5)
-    if near:
-        return f"; nearest: {near[0]}"
-    return f"; there are: {', '.join(options)}" if 0 < len(options) <= 12 else ""
+def _check_word(o: Any) -> None:
+    """Refuse what Hydra would take in silence, or refuse in several lines."""
+    name, shown = o.key_or_group, o.input_line.partition("=")[2]
+    if o.is_sweep_override():
+        raise UsageError(f"{o.input_line!r} names several values: add -m for one run each, or quote a value with commas")
+    if o.is_delete():
+        raise UsageError(f"cannot leave {name!r} out; write {name}=value")
+    options = _options(name)
+    if (name not in (*GROUPS, "tune") and not options) or isinstance(o.value(), dict):
+        return
+    if o.is_add():
+        raise UsageError(f"{name} is there already; write {name}={shown} without a plus sign")
+    choices = o.value() if name == "penalty" and isinstance(o.value(), list) else [o.value()]
+    for choice in choices:
+        if choice not in options:
+            word = choice if isinstance(choice, str) else shown
+            more = f" (implicit-bench list {plural(name)})" if name in GROUPS else ""
+            raise UsageError(f"no {name} {word!r}{nearest(word, options)}{more}")
 
 
-def _explain(command: str, overrides: Sequence[str], error: Exception) -> str:
-    """Which of the overrides Hydra stumbled over, in one sentence."""
-    import hydra
+def _options(group: str) -> list[str]:
+    """The files of a group, those one folder down included; none if there is no such group."""
     from hydra.core.global_hydra import GlobalHydra
 
+    if "." in group or "@" in group:
+        return []
     loader = GlobalHydra.instance().config_loader()
-    groups, rest = [], []
-    for o in parse(overrides):
-        name = o.key_or_group
-        options = [g.removesuffix(".yaml") for g in loader.get_group_options(name)] if "." not in name else []
-        options += [f"{sub}/{g}" for sub in loader.list_groups(name) for g in loader.get_group_options(f"{name}/{sub}")]
-        if not options:
-            rest.append(o)
-            continue
-        groups.append(o.input_line)
-        value = o.value()
-        for choice in value if isinstance(value, list) else [value]:
-            if str(choice) not in options:
-                what = f"{name}s" if not name.endswith("y") else f"{name[:-1]}ies"
-                return f"no {name} {str(choice)!r}{nearest(str(choice), options)} (implicit-bench list {what})"
+    below = [f"{sub}/{file}" for sub in loader.list_groups(group) for file in loader.get_group_options(f"{group}/{sub}")]
+    return [file.removesuffix(".yaml") for file in [*loader.get_group_options(group), *below]]
+
+
+def _explain(command: str, words: Sequence[Any], error: Exception) -> str:
+    """Which of the overrides Hydra stumbled over, in one sentence."""
+    choices = [o.input_line for o in words if _options(o.key_or_group)]
     try:
-        known = hydra.compose(command, groups, return_hydra_config=True)
-    except Exception:
-        return _first_line(error)
-    keys = list(_keys(known))
-    for o in rest:
-        if o.key_or_group not in keys and not o.is_add():
-            return f"no key {o.key_or_group!r}{nearest(o.key_or_group, [k for k in keys if not k.startswith('hydra')])}"
-    return _first_line(error)
+        known = _keys_of(command, choices)
+    except Exception:  # one of the choices, then
+        known = _keys_of(command)
+    for o in words:
+        if o.key_or_group not in known and not o.is_add() and not o.key_or_group.startswith("hydra"):
+            return no_key(o.key_or_group, known)
+    return first_line(error)
+
+
+def _keys_of(command: str, overrides: Sequence[str] = ()) -> list[str]:
+    import hydra
+
+    keys = _keys(hydra.compose(command, list(overrides)))
+    return [key for key in keys if not key.endswith("_target_")]
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
@@ -195,91 +223,7 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
                 yield from _keys(child, f"{prefix}{key}.")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].strip()
-
-
-# --------------------------------------------------------------------------------- components, by their own schema
-
-
-def check(config: Any, path: str = "", allow: Sequence[str] = ()) -> None:
-    """Check every component of a resolved config against the signature of its class: keys and plain types."""
-    if not isinstance(config, dict):
-        return
-    if path == "":
-        allow = [*(config.get("allow_targets") or ())]
-    if "_target_" in config:
-        _check_component(config, path, allow)
-    for key, value in config.items():
-        check(value, f"{path}.{key}" if path else key, allow)
-
-
-def _check_component(node: dict[str, Any], path: str, allow: Sequence[str]) -> None:
-    cls = locate(node["_target_"], path, allow)
-    parameters = {k: p for k, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_POSITIONAL}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    hints = typing.get_type_hints(cls.__init__)
-    for key, value in node.items():
-        if key in ("_target_", "_partial_"):
-            continue
-        if key not in parameters:
-            raise UsageError(f"no key {f'{path}.{key}'!r}{nearest(key, list(parameters))}")
-        if key in hints and not _fits(value, hints[key]):
-            options = [str(a) for a in typing.get_args(hints[key])] if "Literal" in str(hints[key]) else []
-            wanted = nearest(str(value), options) if options else f"; it wants {_spell(hints[key])}"
-            raise UsageError(f"{path}.{key}={value!r} is not possible{wanted}")
-
-
-def locate(target: str, path: str = "", allow: Sequence[str] = ()) -> Any:
-    """The class behind a `_target_`: ours, a user's own (allow_targets), or a torch Module, Optimizer, LRScheduler."""
-    module, _, name = str(target).rpartition(".")
-    own = any(target == a or str(target).startswith(f"{a}.") for a in ("implicit_bench", *allow))
-    if not own and not str(target).startswith("torch."):
-        raise UsageError(f"{path}._target_={target!r} is not one of implicit-bench's; to use your own package add "
-                         f"'+allow_targets=[{str(target).split('.')[0]}]'")  # fmt: skip
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"{path}._target_={target!r} cannot be imported: {_first_line(error)}") from None
-    if not inspect.isclass(found):
-        raise UsageError(f"{path}._target_={target!r} is not a class")
-    if not own:
-        import torch
-
-        bases = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-        if not issubclass(found, bases):
-            raise UsageError(f"{path}._target_={target!r} is not a Module, an Optimizer or an LRScheduler")
-    return found
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Is a YAML value of an annotated type? An int is a float; anything unannotated or exotic passes."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or isinstance(hint, (str, typing.TypeVar)):
-        return True
-    if origin in (typing.Union, UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is typing.Literal:
-        return value in args and type(value) in {type(a) for a in args}
-    if hint is type(None):
-        return value is None
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    if hint is str:
-        return isinstance(value, str)
-    if origin in (list, tuple, Sequence):
-        return isinstance(value, (list, tuple)) and all(_fits(v, args[0]) for v in value if args)
-    return True
-
-
-def _spell(hint: Any) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(hint) or str(
-        hint).replace("typing.", "").replace("NoneType", "null").replace("None", "null")  # fmt: skip
+# ------------------------------------------------------------------------------------------------- components
 
 
 def make(node: dict[str, Any], path: str, **given: Any) -> Any:
@@ -292,8 +236,8 @@ def make(node: dict[str, Any], path: str, **given: Any) -> Any:
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, ValueError):
-            raise UsageError(_first_line(cause)) from None
-        raise UsageError(f"cannot make {path}: {_first_line(cause or error)}") from None
+            raise UsageError(first_line(cause)) from None
+        raise UsageError(f"cannot make {path}: {first_line(cause or error)}") from None
 
 
 @dataclass

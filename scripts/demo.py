@@ -13,22 +13,25 @@ from implicit_bench.terminal import duration, say, share
 from implicit_bench.train.command import Outcome, train
 
 
+EVERYWHERE = ["gpu.threads=1", *sys.argv[1:]]  # on so small a network a second thread only adds noise
+
+
 def run(*words: str) -> Outcome:
-    return train(config.compose("train", words), words)
+    return train(config.compose("train", [*words, *EVERYWHERE]), [*words, *EVERYWHERE])
 
 
 def demo() -> int:
     began = time.perf_counter()
-    skip = run("model=skip_deq", "stop.tol=1e-3", *sys.argv[1:])
+    skip = run("model=skip_deq", "stop.tol=1e-3")
     if skip.exit_code:
         return skip.exit_code
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        explicit = run("model=explicit", "logger=none", *sys.argv[1:])
+        explicit = run("model=explicit", "logger=none")
     metrics, solve = skip.record["metrics"], skip.record["solve"]
     steps = explicit.record["config"]["stop"]["steps"]
     say("beside", f"the head on z0 alone {share(metrics['start_acc'])} · explicit, {steps} tied cells and no solver, "
         f"{share(explicit.record['metrics']['test_acc'])}: on digits accuracy proves little")  # fmt: skip
-    code = main(["bench", "model=neural_ode,cdeq,skip_cdeq,explicit", "rounds=40", *sys.argv[1:]])
+    code = main(["bench", "model=neural_ode,cdeq,skip_cdeq,explicit", "rounds=40", *EVERYWHERE])
     if code:
         return code
     print("next    implicit-bench train -m model=neural_ode,cdeq,skip_cdeq seed=0,1,2\n"

@@ -109,7 +109,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
             "rounds": samples.rounds, "steps_a_round": k, "unsettled": unsettled}  # fmt: skip
     sentences = "\n".join(f"- {_sentence(c)}" for c in found)
     (folder / "table.md").write_text(f"{tables.markdown(*table)}\n{sentences}\n")
-    bars = [(f"{c.id} {c.slower.label} / {c.faster.label}, {c.measure}", c.ratio.value, c.ratio.low, c.ratio.high)
+    bars = [(f"{c.id} {c.slower.label} / {c.faster.label}, {c.measure}".removeprefix("– "), c.ratio.value, c.ratio.low, c.ratio.high)
             for c in found]  # fmt: skip
     if bars:
         plots.speedup_bars(folder / "speedup.svg", bars, f"{rec['data']['name']}, batch {rows[0].recipe.batch}, "
@@ -195,7 +195,7 @@ def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparis
         if (c.slower.label, c.faster.label) not in told and c.ratio.verdict in ("faster", "slower") and c.why():
             say("why", c.why())
         told.add((c.slower.label, c.faster.label))
-    for c in found[:1]:
+    for c in [c for c in found if c.ratio.n >= clock.MIN_ROUNDS][:1]:
         say("say", f'"{_sentence(c)}"')
 
 

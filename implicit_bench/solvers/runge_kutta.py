@@ -54,10 +54,10 @@ class RungeKutta:
             stages.append(F(new, t + c * dt.squeeze(1)))
         with torch.no_grad():
             error = reduce.rms(h * _sum(self.tableau.e, stages) / self._scale(z, new, reduce))
-            accept = error <= 1.0  # False where the error is NaN
+            reached = torch.where((dt >= t1 - t.unsqueeze(1)).squeeze(1), t1, t + dt.squeeze(1))
+            accept = (error <= 1.0) & (reached > t).unsqueeze(1)  # no where the error is NaN or the time stands still
             factor = (self.safety * error.pow(-1.0 / self.tableau.order)).clamp(self.shrink, self.grow)
             factor = torch.where(accept | (error > 1.0), factor, self.shrink)
-            reached = torch.where((dt >= t1 - t.unsqueeze(1)).squeeze(1), t1, t + dt.squeeze(1))
             t = torch.where(accept.squeeze(1), reached, t)
             dt = torch.minimum(dt * factor, t1 - t.unsqueeze(1))
         return State(torch.where(accept, new, z), torch.where(accept, stages[-1], k1), t, Control(dt, t1))

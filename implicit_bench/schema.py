@@ -1,0 +1,179 @@
+"""What a resolved config may say. A component's schema is its `__init__`; the few other keys are listed here."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import math
+import typing
+from collections.abc import Iterator, Sequence
+from types import UnionType
+from typing import Any, Literal
+
+COMPONENTS = ("network", "init", "solver", "stop", "adjoint", "recipe", "gpu", "logger", "dataset")
+LABELS = ("model", "protocol", "experiment", "tune", "length")  # what they say is resolved into the rest
+GROUPS = ("network", "init", "solver", "stop", "adjoint", "penalty", "recipe", "gpu", "logger", "dataset", "model",
+          "protocol", "experiment", "length")  # fmt: skip
+PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type, and the least a number may be
+    "seed": (int, 0), "force": (bool, 0), "field": (Literal["equilibrium", "ode"], 0), "allow_targets": (list[str], 0),
+    "progress.log_steps": (int, 1), "progress.save_s": (float, 0), "paths.runs": (str, 0), "paths.data": (str, 0),
+    "rounds": (Any, 0), "time": (Any, 0),  # bench says more about these two than a type could
+}  # fmt: skip
+
+
+class UsageError(Exception):
+    """A user's mistake, told in one sentence; the process ends with exit code 2."""
+
+
+def nearest(word: str, options: Sequence[str], most: int = 12) -> str:
+    """`; nearest: x`, or the options themselves when nothing is near and they are not too many."""
+    near = difflib.get_close_matches(word.lower(), options, 1, 0.5)
+    if near:
+        return f"; nearest: {near[0]}"
+    return f"; there are: {', '.join(options)}" if 0 < len(options) <= most else ""
+
+
+def no_key(key: str, known: Sequence[str]) -> str:
+    """`epochs` is recipe.epochs; else the nearest."""
+    ends = [k for k in known if k.endswith(f".{key}")]
+    return f"no key {key!r}" + (f"; nearest: {', '.join(ends[:3])}" if ends else nearest(key, known))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+
+
+def check(config: dict[str, Any]) -> None:
+    """Check a resolved config: every component against the signature of its class, every other key against PLAIN."""
+    allow: Sequence[str] = ()
+    for key, value in _plain(config):
+        if key not in PLAIN:
+            raise UsageError(no_key(key, list(PLAIN)))
+        hint, least = PLAIN[key]
+        _check_type(key, value, hint)
+        if hint in (int, float) and value < least:
+            raise UsageError(f"{key}={value} must be at least {least}")
+        allow = value if key == "allow_targets" else allow
+    for path, node in _components(config):
+        _check_component(node, path, allow)
+
+
+def _plain(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if key not in (*COMPONENTS, *LABELS, "penalty"):
+            yield from ((f"{key}.{k}", v) for k, v in value.items()) if isinstance(value, dict) else [(key, value)]
+
+
+def _components(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    penalties = config.get("penalty", {})
+    for path, node in [*((f"penalty.{k}", v) for k, v in penalties.items()), *config.items()]:
+        if path not in COMPONENTS and "." not in path:
+            continue
+        if not (isinstance(node, dict) and "_target_" in node):
+            raise UsageError(f"{path} has no _target_, the class to make it from")
+        yield path, node
+        yield from _nested(node, path)
+
+
+def _nested(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            if "_target_" in value:
+                yield f"{path}.{key}", value
+            yield from _nested(value, f"{path}.{key}")
+
+
+def _check_component(node: dict[str, Any], path: str, allow: Sequence[str]) -> None:
+    cls = locate(node["_target_"], path, allow)
+    try:
+        parameters = inspect.signature(cls).parameters
+        hints = typing.get_type_hints(cls.__init__)
+    except (ValueError, TypeError, NameError):  # a class that says nothing of itself, or only to a type checker
+        return
+    named = [f"{path}.{k}" for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in node.items():
+        if key in ("_target_", "_partial_"):
+            continue
+        if f"{path}.{key}" not in named and not open_ended:
+            raise UsageError(no_key(f"{path}.{key}", named))
+        _check_type(f"{path}.{key}", value, hints.get(key, Any))
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
+        words = _words(hint)
+        wanted = nearest(str(value), words) if words else f"; it wants {_spell(hint)}"
+        shown = repr(value) if isinstance(value, str) else json.dumps(value, default=str)  # null and true, as in YAML
+        raise UsageError(f"{key}={shown} is not possible{wanted}")
+
+
+def locate(target: Any, path: str, allow: Sequence[str] = ()) -> Any:
+    """The class behind a `_target_`: ours, a user's own (allow_targets), or a torch Module, Optimizer, LRScheduler."""
+    module, _, name = str(target).rpartition(".")
+    own = any(target == a or str(target).startswith(f"{a}.") for a in ("implicit_bench", *allow))
+    if not own and not str(target).startswith("torch."):
+        raise UsageError(f"{path}._target_={target!r} is not one of implicit-bench's; to use your own package add "
+                         f"'allow_targets=[{str(target).split('.')[0]}]'")  # fmt: skip
+    try:
+        home = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{path}._target_={target!r} cannot be imported: {first_line(error)}") from None
+    found = getattr(home, name, None)
+    if found is None:
+        raise UsageError(f"{path}._target_={target!r} is not there{nearest(name, dir(home), 0)}")
+    if not inspect.isclass(found):
+        raise UsageError(f"{path}._target_={target!r} is not a class")
+    if not own:
+        import torch
+
+        bases = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+        if not issubclass(found, bases):
+            raise UsageError(f"{path}._target_={target!r} is not a Module, an Optimizer or an LRScheduler")
+    return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is a YAML value of an annotated type? An int is a float; anything unannotated or exotic passes."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(hint, (str, typing.TypeVar)):
+        return True
+    if origin in (typing.Union, UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is Literal:
+        return value in args and type(value) in {type(a) for a in args}
+    if hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if hint is str:
+        return isinstance(value, str)
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, (list, tuple)) and all(_fits(v, args[0]) for v in value if args)
+    return True
+
+
+def _words(hint: Any) -> list[str]:
+    """The words to choose from, where a type is a choice of words (true and false among them)."""
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        parts = [_words(a) for a in typing.get_args(hint)]
+        return [word for part in parts for word in part] if all(parts) else []
+    if typing.get_origin(hint) is Literal:
+        return [str(word) for word in typing.get_args(hint)]
+    return {bool: ["true", "false"], type(None): ["null"]}.get(hint, [])
+
+
+def _spell(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        return " or ".join(_spell(a) for a in args)
+    if origin in (list, tuple, Sequence) and args:
+        return f"a list in brackets, each {_spell(args[0])}"
+    plain = {int: "a whole number", float: "a number", str: "a word", type(None): "null"}
+    return plain.get(hint) or str(hint).replace("typing.", "")

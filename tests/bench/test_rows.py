@@ -1,0 +1,103 @@
+import jobs
+import pytest
+import torch
+
+from implicit_bench import config
+from implicit_bench.bench import rows
+from implicit_bench.device import Device
+
+
+def composed(tmp_path, *words):
+    return config.compose("bench", jobs.words(tmp_path, *words))
+
+
+@pytest.fixture
+def made(tmp_path):
+    def make(*models):
+        given = [composed(tmp_path, f"model={m}") for m in models]
+        data = config.make(given[0].config["dataset"], "dataset").load(tmp_path)
+        return [rows.Row(m, job, data, Device("cpu", threads=1)) for m, job in zip(models, given)]
+
+    return make
+
+
+def test_rows_see_the_same_batches_and_start_from_the_same_weights(made):
+    a, b = made("deq", "cdeq")
+    for k in (0, 1, 38, 39, 100):
+        assert all(torch.equal(x, y) for x, y in zip(a.batch(k), b.batch(k)))
+    assert not torch.equal(a.batch(0)[0], a.batch(1)[0])
+    assert torch.equal(a.batch(0)[0], a.batch(39)[0])  # the 1,257 images hold 39 batches
+    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))
+
+
+def test_a_measurement_times_each_part_and_counts_exactly(made):
+    (row,) = made("explicit")
+    found = row.measure(3)
+    assert set(found) == {"train", "forward", "backward", "optimizer", "predict"}
+    assert min(found.values()) > 0
+    assert found["train"] == pytest.approx(found["forward"] + found["backward"] + found["optimizer"])
+    means = row.tally.means()
+    assert (means["nfe_forward"], means["nfe_backward"], means["calls_backward"]) == (10, 10, 0)
+    assert row.batches == 3
+
+
+def test_backsolve_counts_its_own_calls_of_f(made):
+    (row,) = made("neural_ode")
+    row.measure(2)
+    means = row.tally.means()
+    assert means["calls_backward"] == means["nfe_backward"] > 0
+    figures = row.figures({"train": [1.0]}, 0.5, 2.0)
+    assert figures.f_calls == means["nfe_forward"] + means["calls_backward"]
+    assert figures.floor_ms == pytest.approx(figures.f_calls * 0.5 + means["nfe_backward"] * 2.0)
+
+
+def test_warming_up_leaves_no_trace(made):
+    fresh, warm = made("skip_deq", "skip_deq")
+    warm.warm_up()
+    assert warm.warm.passes >= 2
+    fresh.measure(2), warm.measure(2)
+    for (name, p), (_, q) in zip(fresh.model.named_parameters(), warm.model.named_parameters()):
+        assert torch.equal(p, q), name
+    assert fresh.tally.means() == warm.tally.means()
+
+
+def test_unit_costs_are_of_one_call(made):
+    (row,) = made("deq")
+    f, vjp = row.unit_costs()
+    step = row.measure(5)
+    assert 0 < f < step["forward"]
+    assert 0 < vjp < step["backward"]
+
+
+def test_a_round_is_long_enough_for_its_fastest_row():
+    assert rows.steps_a_round([100.0, 2.0, 5.0]) == 10
+    assert rows.steps_a_round([100.0, 8.0]) == 3
+    assert rows.steps_a_round([1.0]) == 10  # at most
+    assert rows.steps_a_round([500.0]) == 1  # at least
+
+
+def test_rows_are_called_by_what_tells_them_apart(tmp_path):
+    def names(*words):
+        given = config.expand(jobs.words(tmp_path, *words))
+        return rows.labels(config.compose_all("bench", given), jobs.words(tmp_path, *words))
+
+    assert names("model=deq,explicit") == ["deq", "explicit ×10"]
+    assert names("model=deq", "solver=picard,anderson") == ["picard", "anderson"]
+    assert names("model=deq,skip_deq", "solver=picard,anderson") == [
+        "deq picard", "deq anderson", "skip_deq picard", "skip_deq anderson"]  # fmt: skip
+    assert names("model=deq,deq") == ["deq #1", "deq #2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("recipe.batch=16,32", "recipe.batch, not 16 and 32"),
+        ("seed=0,1", "seed, not 0 and 1"),
+        ("dataset=digits,mnist", "dataset, not digits and mnist"),
+        ("gpu.dtype=float32,float64", "gpu.dtype, not float32 and float64"),
+    ],
+)
+def test_unlike_rows_are_refused_by_the_key_that_differs(tmp_path, words, key):
+    jobs_ = config.compose_all("bench", config.expand(jobs.words(tmp_path, words)))
+    with pytest.raises(config.UsageError, match=f"must share {key}"):
+        rows.refuse_unlike([job.config for job in jobs_])

@@ -1,0 +1,73 @@
+"""torchdiffeq through our interface is torchdiffeq."""
+
+import pytest
+import torch
+from problems import BATCH, Watched, contraction, f64, random
+from torchdiffeq import odeint, odeint_adjoint
+
+from implicit_bench.core import EndTime, Status, solve
+from implicit_bench.solvers import TorchDiffeq
+
+W, Z0 = contraction(4, 3.0), random(3, 4, seed=1)
+
+
+def field(z, t):
+    return torch.tanh(z @ W) * torch.cos(3 * t)[:, None]
+
+
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "adaptive_heun", "euler", "rk4"])
+def test_equals_stock_torchdiffeq_to_the_bit_at_the_same_cost(method):
+    stock, ours = Watched(field), Watched(field)
+    z = odeint(lambda t, z: stock(z, t.expand(len(z))), Z0, f64([0.0, 2.0]), method=method, rtol=1e-5, atol=1e-6)[-1]
+    s = solve(ours, Z0, solver=TorchDiffeq(method, rtol=1e-5, atol=1e-6), stop=EndTime(2.0), reduce=BATCH)
+    assert torch.equal(s.value, z)
+    assert ours.calls == stock.calls == s.stats.calls
+    assert s.stats.nfe.tolist() == [stock.calls] * 3
+    assert [t.tolist() for t in ours.times] == [t.tolist() for t in stock.times]
+    assert s.status.tolist() == [Status.REACHED_END] * 3
+    assert bool(s.stats.residual.isnan().all())  # |F| has no such meaning for an ODE
+
+
+def test_its_adjoint_equals_stock_to_the_bit():
+    w = W.clone().requires_grad_()
+    F = lambda z, t: torch.tanh(z @ w) * torch.cos(3 * t)[:, None]  # noqa: E731
+    stock = odeint_adjoint(lambda t, z: F(z, t.expand(len(z))), Z0, f64([0.0, 2.0]), method="dopri5", rtol=1e-5, atol=1e-6,
+                           adjoint_params=(w,))[-1]  # fmt: skip
+    ours = TorchDiffeq("dopri5", 1e-5, 1e-6).integrate(F, Z0, 2.0, wrt=(w,))
+    assert torch.equal(ours, stock)
+    a, b = (torch.autograd.grad(z.square().sum(), w)[0] for z in (ours, stock))
+    assert torch.equal(a, b)
+    assert float(a.abs().max()) > 0.1
+
+
+def brink(z, t):
+    return torch.where(t[:, None] > 0.5, torch.nan, torch.ones_like(z))
+
+
+def test_a_failed_solve_comes_back_as_nonfinite():
+    s = solve(brink, Z0, solver=TorchDiffeq(), stop=EndTime(1.0))
+    assert s.status.tolist() == [Status.NONFINITE] * 3
+    assert bool(s.value.isnan().all())
+    assert s.stats.calls > 8  # what it cost until it failed
+
+
+def test_a_failed_solve_can_still_be_differentiated():
+    """The loss is NaN and so is its gradient, which the training step notices; backward() itself must not raise."""
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    z = TorchDiffeq().integrate(lambda z, t: w * brink(z, t), Z0, 1.0, wrt=(w,))
+    z.sum().backward()
+    assert bool(w.grad.isnan())
+
+
+def test_an_assertion_of_the_fields_own_is_not_swallowed():
+    def wrong(z, t):
+        assert z.shape[1] == 5, "a cell for five features"
+        return z
+
+    with pytest.raises(AssertionError, match="a cell for five features"):
+        solve(wrong, Z0, solver=TorchDiffeq(), stop=EndTime(1.0))
+
+
+def test_an_unknown_method_names_the_known_ones():
+    with pytest.raises(ValueError, match="solver.method='dopri6' is not one of torchdiffeq's: dopri8, dopri5"):
+        TorchDiffeq("dopri6")

@@ -1,0 +1,273 @@
+"""Tsitouras 5(4): its order, its step sizes, its counts, and where it lands."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from problems import BATCH, PER_SAMPLE, Watched, affine, close, contraction, f64, random, tanh_map
+from scipy.integrate import solve_ivp
+
+from implicit_bench.core import EndTime, FixedPoint, Residual, Status, solve
+from implicit_bench.solvers import Tsit5
+from implicit_bench.solvers.runge_kutta import Control
+
+
+class Spy(EndTime):
+    """An end time that remembers every state it is asked about."""
+
+    def open(self, state, k, reduce):
+        self.seen = [*getattr(self, "seen", []), state] if k else [state]
+        return super().open(state, k, reduce)
+
+
+def exp_sin(z, t):
+    """z' = z cos t, z = z0 e^(sin t): the field depends on time."""
+    return z * torch.cos(t).unsqueeze(1)
+
+
+def forced(F, z0, h, t1=math.inf, t0=0.0, solver=None, reduce=PER_SAMPLE):
+    """One attempt of this size from (t0, z0)."""
+    solver = solver or Tsit5(1e9, 1e9)  # accepts anything
+    state = solver.init(F, z0, t1, reduce)
+    t = torch.full_like(state.t, t0)
+    state = state._replace(t=t, F=F(z0, t), mem=Control(torch.full_like(state.mem.dt, h), t1))
+    return state, solver.step(F, state, reduce)
+
+
+def elementary_weights(a, c):
+    """Phi(tree) for the 17 rooted trees to order 5, as functions of the stages, and 1/gamma(tree)."""
+    one = np.ones(len(c))
+    ac, ac2, ac3, aac = a @ c, a @ c**2, a @ c**3, a @ (a @ c)
+    return {
+        1: [(one, 1)],
+        2: [(c, 2)],
+        3: [(c**2, 3), (ac, 6)],
+        4: [(c**3, 4), (c * ac, 8), (ac2, 12), (aac, 24)],
+        5: [(c**4, 5), (c**2 * ac, 10), (ac**2, 20), (c * ac2, 15), (ac3, 20), (c * aac, 30), (a @ (c * ac), 40),
+            (a @ ac2, 60), (a @ aac, 120)],
+    }  # fmt: skip
+
+
+def defects():
+    tableau = Tsit5.tableau
+    a, c = np.zeros((7, 7)), np.array([0.0, *tableau.c])
+    for i, row in enumerate(tableau.a, 1):
+        a[i, : len(row)] = row
+    b = a[6]
+    b_hat = b - np.array(tableau.e)
+    trees = elementary_weights(a, c)
+    err = lambda w, order: max(abs(w @ phi - 1 / gamma) for phi, gamma in trees[order])  # noqa: E731
+    return a, c, [err(b, k) for k in range(1, 6)], [err(b_hat, k) for k in range(1, 6)]
+
+
+def test_the_tableau_meets_the_order_conditions():
+    a, c, main, embedded = defects()
+    assert np.abs(a.sum(1) - c).max() < 1e-14  # every stage sits at its time
+    assert max(main) < 1e-13  # all 17 conditions of order 5
+    assert max(embedded[:4]) < 1e-11  # the embedded one: order 4 ...
+    assert embedded[4] > 1e-4  # ... and no more, or it would estimate nothing
+    assert Tsit5.tableau.order == 5
+
+
+@pytest.mark.parametrize("t0", [0.0, 0.7])
+def test_local_error_falls_with_the_sixth_power_of_the_step(t0):
+    """Order 5, time included: halving h divides one step's error by 64, and the error estimate's by 32."""
+    z0 = f64([[1.5, -0.3]])
+    errors = []
+    for h in (0.2, 0.1, 0.05):
+        _, new = forced(exp_sin, z0, h, t0=t0)
+        errors.append(float((new.z - z0 * math.exp(math.sin(t0 + h) - math.sin(t0))).abs().max()))
+    for coarse, fine in itertools.pairwise(errors):
+        assert 5.5 < math.log2(coarse / fine) < 6.8
+    assert errors[-1] < 1e-9
+
+
+def test_the_step_size_follows_the_error_estimate():
+    """error = rms(h e.k / (atol + rtol max|z|)); h <- h clip(.9 error^(-1/5), .2, 10), and t moves only if accepted."""
+    tableau, z0 = Tsit5.tableau, f64([[1.5, -0.3], [0.1, 0.2]])
+    rtol, atol = 1e-5, 1e-7
+    decisions = set()
+    for h, reduce in itertools.product((0.01, 0.2, 0.5, 6.0), (PER_SAMPLE, BATCH)):
+        old, new = forced(exp_sin, z0, h, solver=Tsit5(rtol, atol), reduce=reduce)
+        k = [exp_sin(z0, f64([0.0] * 2))]
+        for row, c in zip(tableau.a, tableau.c):
+            end = z0 + h * sum(w * s for w, s in zip(row, k))
+            k.append(exp_sin(end, f64([c * h] * 2)))
+        raw = h * sum(w * s for w, s in zip(tableau.e, k)) / (atol + rtol * torch.maximum(z0.abs(), end.abs()))
+        error = (raw**2).mean(1).sqrt() if reduce is PER_SAMPLE else (raw**2).mean().sqrt().expand(2)
+        for i in range(2):
+            accepted = float(error[i]) <= 1
+            close(new.z[i], end[i] if accepted else z0[i], 1e-14)
+            close(new.F[i], k[-1][i] if accepted else old.F[i], 1e-14)
+            close(new.t[i], f64(h if accepted else 0.0), 1e-14)
+            factor = min(10.0, max(0.2, 0.9 * float(error[i]) ** -0.2))
+            assert math.isclose(float(new.mem.dt[i]), h * factor, rel_tol=1e-9)
+            decisions.add((accepted, 0.2 < factor < 10))
+    assert decisions == {(True, True), (True, False), (False, True), (False, False)}
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7, 1e-9])
+def test_error_follows_the_tolerance(tol):
+    s = solve(exp_sin, f64([[1.0]]), solver=Tsit5(tol, tol), stop=EndTime(5.0))
+    error = float((s.value - math.exp(math.sin(5.0))).abs())
+    assert tol / 1000 < error < 20 * tol
+    # the work of a fifth-order method grows by 10^(1/5) a digit
+    coarse = solve(exp_sin, f64([[1.0]]), solver=Tsit5(tol * 100, tol * 100), stop=EndTime(5.0))
+    assert int(s.stats.steps) < 100**0.2 * int(coarse.stats.steps) * 1.5
+
+
+def test_agrees_with_scipy_on_a_nonlinear_system():
+    def field(z, t):
+        x, y = z[:, :1], z[:, 1:]
+        return torch.cat([1.1 * x - 0.4 * x * y + 0.1 * torch.sin(t)[:, None], 0.1 * x * y - 0.4 * y], 1)
+
+    z0 = f64([[10.0, 5.0], [2.0, 1.0]])
+    for reduce in (PER_SAMPLE, BATCH):
+        s = solve(field, z0, solver=Tsit5(1e-9, 1e-9), stop=EndTime(10.0, max_steps=5000), reduce=reduce)
+        for i in range(2):
+            exact = solve_ivp(lambda t, z: field(torch.from_numpy(z)[None], f64([t]))[0].numpy(), (0, 10), z0[i].numpy(),
+                              method="DOP853", rtol=1e-12, atol=1e-12).y[:, -1]  # fmt: skip
+            close(s.value[i], torch.from_numpy(exact), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("t1", [0.1, 0.3, 0.7, 1.0, 9.9])
+def test_lands_on_the_end_time_exactly_and_never_looks_beyond(t1, dtype):
+    watched = Watched(exp_sin)
+    stop = Spy(t1)
+    z0 = torch.tensor([[1.0], [30.0]], dtype=dtype)
+    s = solve(watched, z0, solver=Tsit5(), stop=stop, reduce=PER_SAMPLE)
+    assert s.status.tolist() == [Status.REACHED_END] * 2
+    assert torch.equal(stop.seen[-1].t, torch.full((2,), t1, dtype=dtype))
+    assert max(float(t.max()) for t in watched.times) <= float(torch.tensor(t1, dtype=dtype)) * (1 + 1e-6)
+    torch.testing.assert_close(s.value, z0 * math.exp(math.sin(t1)), rtol=5e-3, atol=1e-3)
+
+
+def test_a_clock_tells_the_time():
+    s = solve(lambda z, t: torch.ones_like(z), f64([[0.0]]), solver=Tsit5(), stop=EndTime(0.7))
+    close(s.value, f64([[0.7]]), 1e-14)
+    s = solve(lambda z, t: t[:, None].expand_as(z), f64([[0.0]]), solver=Tsit5(), stop=EndTime(3.0))
+    close(s.value, f64([[4.5]]), 1e-12)  # a start at which z and F both vanish
+
+
+RATES = f64([[0.1], [1.0], [8.0], [40.0]])
+
+
+def decay(rates):
+    return lambda z, t: -rates * z * (1 + 0.5 * torch.sin(3 * t)[:, None])
+
+
+def test_per_sample_each_row_steps_as_if_alone():
+    z0 = f64([[1.0, 2.0]] * 4)
+    batch = solve(decay(RATES), z0, solver=Tsit5(), stop=EndTime(2.0), reduce=PER_SAMPLE)
+    assert len(set(batch.stats.steps.tolist())) == 4
+    for i in range(4):
+        row = solve(decay(RATES[i : i + 1]), z0[i : i + 1], solver=Tsit5(), stop=EndTime(2.0), reduce=PER_SAMPLE)
+        assert torch.equal(batch.value[i : i + 1], row.value)
+        assert (batch.stats.steps[i], batch.stats.nfe[i]) == (row.stats.steps, row.stats.nfe)
+
+
+def test_batch_wide_all_rows_share_one_step():
+    stop = Spy(2.0)
+    s = solve(decay(RATES), f64([[1.0, 2.0]] * 4), solver=Tsit5(), stop=stop, reduce=BATCH)
+    assert len(set(s.stats.steps.tolist())) == 1
+    assert all(bool((state.t == state.t[0]).all()) for state in stop.seen)
+    exact = torch.exp(-RATES * (2 + (1 - math.cos(6.0)) / 6))
+    close(s.value, exact * f64([[1.0, 2.0]]), 1e-2)
+
+
+@pytest.mark.parametrize("reduce", [PER_SAMPLE, BATCH], ids=["per_sample", "batch"])
+def test_every_attempt_costs_six_and_the_start_two(reduce):
+    """Rejected attempts count: a kink makes some."""
+    watched, stop = Watched(lambda z, t: -50 * torch.relu(z - 1) + torch.sin(20 * t)[:, None]), Spy(2.0)
+    s = solve(watched, f64([[3.0], [1.1]]), solver=Tsit5(1e-6, 1e-6), stop=stop, reduce=reduce)
+    attempts = s.stats.steps
+    assert torch.equal(s.stats.nfe, 2 + 6 * attempts)
+    assert watched.calls == s.stats.calls == 2 + 6 * int(attempts.max())
+    times = torch.stack([state.t for state in stop.seen])
+    moved = (times[1:] > times[:-1]).sum(0)
+    assert bool((moved < attempts).all()), "no attempt was rejected, so this tests less than it says"
+    if reduce is PER_SAMPLE:
+        assert attempts[0] != attempts[1]
+
+
+def test_a_rejected_attempt_moves_nothing():
+    old, new = forced(exp_sin, f64([[1.5]]), 3.0, solver=Tsit5(1e-8, 1e-8))
+    assert torch.equal(old.z, new.z)
+    assert torch.equal(old.F, new.F)
+    assert torch.equal(old.t, new.t)
+    assert math.isclose(float(new.mem.dt), 0.2 * 3.0)
+
+
+def test_a_nan_rejects_the_attempt_and_shrinks_the_step():
+    def edge(z, t):  # not defined beyond t = 1
+        return torch.where(t[:, None] > 1, torch.nan, torch.ones_like(z))
+
+    old, new = forced(edge, f64([[0.0]]), 2.0)
+    assert torch.equal(old.z, new.z)
+    assert math.isclose(float(new.mem.dt), 0.2 * 2.0)
+
+
+def test_a_stiff_field_ends_at_the_cap():
+    s = solve(lambda z, t: -1e6 * (z - torch.cos(t)[:, None]), f64([[2.0]]), solver=Tsit5(), stop=EndTime(1.0, max_steps=200))
+    assert s.status.tolist() == [Status.MAX_STEPS]
+    assert s.stats.nfe.tolist() == [2 + 6 * 200]
+
+
+def test_a_field_that_ends_before_its_time_makes_the_step_too_small():
+    """Beyond t = .5 the field is NaN; the value stays at the brink, and its neighbour goes on to the end."""
+    until = torch.tensor([[0.5], [9.0]])
+    F = lambda z, t: torch.where(t[:, None] > until, torch.nan, torch.ones_like(z))  # noqa: E731
+    s = solve(F, torch.zeros(2, 1), solver=Tsit5(), stop=EndTime(1.0), reduce=PER_SAMPLE)
+    assert s.status.tolist() == [Status.STEP_TOO_SMALL, Status.REACHED_END]
+    torch.testing.assert_close(s.value, torch.tensor([[0.5], [1.0]]), rtol=0, atol=1e-5)
+    assert s.stats.steps[1] < 50 < s.stats.steps[0]
+
+
+def test_a_solution_that_blows_up_never_reaches_the_end():
+    """z' = z^2 from 1 is 1 / (1 - t): there is no z(2)."""
+    for dtype in (torch.float32, torch.float64):
+        s = solve(lambda z, t: z * z, torch.ones(1, 1, dtype=dtype), solver=Tsit5(1e-6, 1e-6), stop=EndTime(2.0))
+        assert s.status.tolist()[0] in (Status.STEP_TOO_SMALL, Status.MAX_STEPS, Status.NONFINITE)
+        assert bool(s.value.isfinite().all())
+
+
+def test_the_flow_reaches_the_equilibrium():
+    W, ctx = contraction(4, 0.8), random(3, 4, seed=1)
+    s = solve(tanh_map(W, ctx), torch.zeros_like(ctx), solver=Tsit5(1e-9, 1e-9), stop=Residual(1e-7, max_steps=500),
+              reduce=PER_SAMPLE)  # fmt: skip
+    assert s.status.tolist() == [Status.CONVERGED] * 3
+    close(s.value, torch.tanh(s.value @ W + ctx), 1e-6)
+    assert torch.equal(s.stats.nfe, 2 + 6 * s.stats.steps)
+
+
+def test_dz_dt_is_f_minus_z():
+    """On dz/dt = r z + (1 - r) - z the error decays as e^((r - 1) t)."""
+    s = solve(affine((0.5, -1.0)), f64([[2.0], [2.0]]), solver=Tsit5(1e-9, 1e-9), stop=EndTime(1.5), reduce=PER_SAMPLE)
+    close(s.value, 1 + torch.exp(f64([[-0.5], [-2.0]]) * 1.5), 1e-7)
+
+
+def test_stepping_at_the_residuals_own_tolerance_hovers():
+    """Why protocol.step_tol is a tenth of protocol.tol: an explicit ODE solver need not stop at its own tolerance."""
+    F = tanh_map(contraction(4, 0.8), random(3, 4, seed=1))
+    run = lambda step_tol: solve(F, torch.zeros(3, 4).double(), solver=Tsit5(step_tol, step_tol),  # noqa: E731
+                                 stop=Residual(1e-4, max_steps=300), reduce=PER_SAMPLE)  # fmt: skip
+    assert Status.MAX_STEPS in run(1e-3).status.tolist()
+    assert run(1e-5).status.tolist() == [Status.CONVERGED] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_time_is_kept_in_float32_or_better(dtype):
+    stop = Spy(0.7)
+    s = solve(FixedPoint(lambda z, t: 0.5 * z), torch.ones(2, 8, dtype=dtype), solver=Tsit5(1e-2, 1e-2), stop=stop)
+    assert stop.seen[-1].t.dtype == torch.float32
+    assert s.value.dtype == dtype
+    torch.testing.assert_close(s.value.float(), torch.full((2, 8), math.exp(-0.35)), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize(("rtol", "atol"), [(-1e-3, 1e-3), (1e-3, 0.0)])
+def test_an_impossible_tolerance_is_refused_in_a_sentence(rtol, atol):
+    with pytest.raises(ValueError, match=f"solver.rtol={rtol} and solver.atol={atol} must be positive"):
+        Tsit5(rtol, atol)
