@@ -1,4 +1,4 @@
-"""The command line: one dispatcher. Help, list and completion answer without importing torch."""
+"""The command line: one dispatcher. Help and list answer without importing torch or Hydra."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ everyday keys (default)
   gpu=auto|cpu|cuda (auto)  gpu.dtype=float32           logger=wandb|none (wandb, offline without a key)
   paths.runs=DIR (runs)     paths.data=DIR (data)       force=true (false) runs a finished run again
 
-`{PROG} COMMAND --help` teaches one command; `--cfg job` after any command prints the composed configuration.
+`{PROG} COMMAND --help` teaches one command; `--cfg job` after train, bench or data prints the configuration.
 """
 
 HELP = {
@@ -61,7 +61,7 @@ keys (default): recipe.epochs (20) recipe.batch (32) recipe.optimizer=adam|adamw
   stop.tol (0.01) stop.max_steps (50) stop.per_sample=auto|true|false solver.rtol (0.001) adjoint.rtol (0.01)
 
 leaves  runs/MODEL-DATASET-sSEED-ID/   record.json, metrics.jsonl, config.yaml, last.pt, wandb/
-exit    0 done or already done · 1 failed · 2 usage · 130 interrupted
+exit    0 done or already done · 1 failed · 2 usage · 3 some runs of a sweep failed · 130 interrupted
 flags   --cfg job prints the configuration · --config-dir DIR adds your own · -m sweeps · --hydra-help for the rest
 """,
     "bench": f"""{PROG} bench: time models against each other, interleaved in one process
@@ -103,15 +103,17 @@ class Command(NamedTuple):
     run: Callable[[list[str]], int]
 
 
+class JobFailed(Exception):
+    """A run of a sweep failed and has said so; the others go on."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. User mistakes are one sentence on stderr and code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own modules; console scripts leave the working directory out
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
-    if args[0] == "--version":
+    if "--version" in args:
         from . import __version__
 
         print(f"{PROG} {__version__}")
@@ -125,27 +127,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in rest):
         print(HELP[name], end="")
         return 0
-    return _guarded(COMMANDS[name].run, rest)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own modules; console scripts leave the working directory out
+    return _guarded(lambda: COMMANDS[name].run(rest))
 
 
-def _guarded(run: Callable[[list[str]], int], args: list[str]) -> int:
-    from .config import UsageError
+def _guarded(run: Callable[[], int]) -> int:
+    """An exit code, with one sentence for what is the user's or the machine's doing; the rest is ours, a traceback."""
+    from .schema import UsageError
 
     try:
-        return run(args)
+        code = run()
+        sys.stdout.flush()
+        return code
     except UsageError as mistake:
         return _refuse(mistake, 2)
-    except BrokenPipeError:
+    except BrokenPipeError:  # as in `implicit-bench list | head -3`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (or the interpreter complains when it flushes at exit)
         return 0
     except KeyboardInterrupt:
         return 130
+    except OSError as problem:
+        return _refuse(f"{problem.filename}: {problem.strerror}" if problem.filename else problem, 1)
     except (ValueError, RuntimeError) as problem:
         if not type(problem).__module__.startswith("implicit_bench"):
             raise
         return _refuse(problem, 1)  # RunLocked, RecordError, DataError: not the words, but the state of things
 
 
-def _refuse(problem: Exception, code: int) -> int:
+def _refuse(problem: object, code: int) -> int:
     print(f"{PROG}: {problem}", file=sys.stderr)
     return code
 
@@ -157,40 +167,84 @@ class Words(NamedTuple):
     overrides: list[str]
     search: list[str]  # --config-dir
     multirun: bool
-    hydra: bool  # a flag that only Hydra answers: --cfg, --info, --hydra-help, ...
+    flags: list[str]  # that only Hydra answers: --cfg job, --info searchpath, ...
+
+
+SHOWN = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {  # with the words that may follow; None: none does
+    "--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all"), "--info": SHOWN, "-i": SHOWN,
+    "--package": (), "-p": (), "--resolve": None, "--hydra-help": None,
+}  # fmt: skip
+OURS = ("--multirun", "-m", "--config-dir", "-cd", "--help")
 
 
 def split(args: Sequence[str]) -> Words:
-    overrides, search, multirun, other = [], [], False, False
+    from .schema import UsageError, nearest
+
+    overrides: list[str] = []
+    search: list[str] = []
+    flags: list[str] = []
+    multirun = False
     rest = iter(args)
     for a in rest:
-        if a in ("-m", "--multirun"):
-            multirun = True
-        elif a in ("--config-dir", "-cd"):
-            search.append(next(rest, ""))
-        elif a.startswith("--config-dir="):
-            search.append(a.partition("=")[2])
-        elif a in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
-            other = True
-            next(rest, None)
-        elif a.startswith("-"):
-            other = True
-        else:
+        flag, equals, value = a.partition("=")
+        if not a.startswith("-"):
             overrides.append(a)
-    return Words(overrides, search, multirun, other)
+        elif a in ("-m", "--multirun"):
+            multirun = True
+        elif flag in ("-cd", "--config-dir"):
+            search.append(value if equals else next(rest, ""))
+        elif flag not in HYDRA_FLAGS:
+            raise UsageError(f"no flag {flag!r}{nearest(flag, (*OURS, *HYDRA_FLAGS))}")
+        elif (words := HYDRA_FLAGS[flag]) is None:
+            flags.append(a)
+        else:
+            value = value if equals else next(rest, "")
+            if words and value not in words:
+                raise UsageError(f"no {flag} {value!r}{nearest(value, words)}")
+            flags += [flag, value]
+    if len(search) > 1 or "" in search:
+        raise UsageError("--config-dir wants one folder, such as --config-dir my-configs")
+    return Words(overrides, search, multirun, flags)
 
 
-def _hydra_main(command: str, args: Sequence[str], task: Callable[[Any], Any]) -> int:
-    """Hand over to Hydra: multirun, and the flags that print and stop."""
+def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[[Any], Any]) -> None:
+    """Hand over to Hydra: a sweep, and the flags that print and stop. What it raises comes to us."""
     import hydra
+    from hydra.errors import HydraException
 
     from .config import config_dir
+    from .schema import UsageError, first_line
 
-    sys.argv = [f"{PROG} {command}", *args]
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [f"{PROG} {command}", *args, *(f"--config-dir={folder}" for folder in words.search)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints tracebacks of its own and exits
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
+    except HydraException as error:
+        raise UsageError(first_line(error)) from None
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
+        if end.code == 130:
+            raise KeyboardInterrupt from None
+        if end.code:
+            raise
+    finally:
+        sys.argv = before
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def _show(command: str, words: Words) -> int:
+    """What Hydra's flags ask for; for every row of a sweep, as YAML documents."""
+    from . import config
+
+    rows = config.expand(words.overrides, words.search)
+    config.compose_all(command, rows, words.search)  # a mistake is one sentence
+    for row in rows:
+        if len(rows) > 1:
+            print("---")
+        _hydra_main(command, words, [*words.flags, *row], print)
     return 0
 
 
@@ -201,28 +255,26 @@ def _train(args: list[str]) -> int:
     from . import config
 
     words = split(args)
-    if words.hydra or words.multirun:
-        if words.multirun:  # a mistake is one sentence before the first job starts
-            config.compose_all("train", _each_value(words.overrides), words.search)
-        return _hydra_main("train", args, train_task)
+    if words.flags:
+        return _show("train", words)
+    if words.multirun:
+        return _sweep(words)
     job = config.compose("train", words.overrides, words.search)
     from .train.command import train
 
     return train(job, words.overrides).exit_code
 
 
-def _each_value(overrides: Sequence[str]) -> list[list[str]]:
-    """Few jobs that between them name every value of a sweep: each axis runs while the others stand still."""
+def _sweep(words: Words) -> int:
     from . import config
 
-    jobs = config.expand(overrides)
-    seen: set[str] = set()
-    few = []
-    for job in jobs:
-        if not seen.issuperset(job):
-            few.append(job)
-            seen.update(job)
-    return few
+    if not any(o.startswith("hydra/sweeper=") for o in words.overrides):  # another sweeper reads ranges its own way
+        config.compose_all("train", config.each_value(words.overrides, words.search), words.search)
+    try:
+        _hydra_main("train", words, ["--multirun", *words.overrides], train_task)
+    except JobFailed:
+        return _refuse("some runs of the sweep failed; the same command runs those again and no other", 3)
+    return 0
 
 
 def train_task(cfg: Any) -> float | None:
@@ -230,26 +282,32 @@ def train_task(cfg: Any) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from . import config
-    from .train.command import train
+    from .train.command import Outcome, train
 
     runtime = HydraConfig.get()
     choices = {k: v for k, v in runtime.runtime.choices.items() if not k.startswith("hydra/") and v is not None}
     overrides = list(runtime.overrides.task)
-    outcome = train(config.resolved(cfg, choices, overrides), overrides)
-    if outcome.exit_code == 130:
-        raise SystemExit(130)
-    if outcome.exit_code:
-        raise SystemExit(1)
-    return outcome.record["metrics"]["test_acc"]
+    outcomes: list[Outcome] = []
+
+    def job() -> int:
+        outcomes.append(train(config.resolved(cfg, choices, overrides), overrides))
+        return outcomes[0].exit_code
+
+    code = _guarded(job)
+    if code == 130:
+        raise SystemExit(130)  # no Exception, so that Hydra stops the sweep
+    if code:
+        raise JobFailed
+    return outcomes[0].record["metrics"]["test_acc"]
 
 
 def _bench(args: list[str]) -> int:
     from . import config
 
     words = split(args)
-    if words.hydra:
-        return _hydra_main("bench", [a for a in args if a not in ("-m", "--multirun")], print)
-    rows = config.expand(words.overrides)
+    if words.flags:
+        return _show("bench", words)
+    rows = config.expand(words.overrides, words.search)
     jobs = config.compose_all("bench", rows, words.search)
     from .bench.command import bench
 
@@ -260,31 +318,33 @@ def _data(args: list[str]) -> int:
     from . import config
 
     words = split(args)
-    if words.hydra:
-        return _hydra_main("data", args, print)
-    job = config.compose("data", words.overrides, words.search)
-    from .data import fetch, verify
+    if words.flags:
+        return _show("data", words)
+    jobs = config.compose_all("data", config.expand(words.overrides, words.search), words.search)
+    from .data import fetch
     from .terminal import say
 
-    name, root = job.config["dataset"]["name"], Path(job.config["paths"]["data"])
-    fetch(name, root, lambda line: say("data", line))
-    verify(name, root)
+    for job in jobs:
+        fetch(job.config["dataset"]["name"], Path(job.config["paths"]["data"]), lambda line: say("data", line))
     return 0
 
 
 def _list(args: list[str]) -> int:
-    from .config import GROUPS, UsageError, config_dir
+    from .config import config_dir, plural
+    from .schema import GROUPS, UsageError, nearest
 
-    plural = {g: f"{g[:-1]}ies" if g.endswith("ty") else f"{g}es" if g.endswith("x") else f"{g}s" for g in GROUPS}
-    wanted = [g for g in GROUPS if not args or args[0] in (g, plural[g])]
-    if not wanted:
-        raise UsageError(f"nothing called {args[0]!r} to list; there are: {', '.join(plural.values())}")
+    names = {name: group for group in GROUPS for name in (plural(group), group)}
+    for a in args:
+        if a not in names:
+            options = [plural(group) for group in GROUPS]
+            raise UsageError(f"nothing called {a!r} to list{nearest(a, options, len(options))}")
+    wanted = [names[a] for a in args] or GROUPS
     for group in wanted:
         if len(wanted) > 1:
             print(f"{group}=")
         folder = config_dir() / group
         for path in sorted(folder.rglob("*.yaml")):
-            comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+            comments = [line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
             about = next((c for c in comments if not c.startswith("@")), "")
             print(f"  {path.relative_to(folder).with_suffix('').as_posix():<20}{about}")
     return 0

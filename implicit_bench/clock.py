@@ -34,9 +34,10 @@ def set_allocator_policy(top_pad: bool = True) -> str:
     """Keep freed memory in the process: glibc's defaults can cost more in page faults than the mathematics does.
 
     No allocation by mmap, no trimming, the heap grows 256 MiB at a time; `top_pad=False` (glibc's own 128 KiB) is for a
-    fresh process that measures memory. It takes some 8 allocations of a size until none faults: tcache keeps the splinter
-    of each aligned one apart from its neighbours first. Idempotent, never raises. Returns the word for the record: "glibc-tuned",
-    "glibc-tuned, no top pad" or "default: <reason>".
+    fresh process that measures memory. The first 8 or so tensors of a size still fault and add to the peak (the splinter
+    of each aligned allocation goes to tcache, which holds 7, so the free piece beside it is a little short).
+    Idempotent, never raises. Returns the word for the record: "glibc-tuned", "glibc-tuned, no top pad" or
+    "default: <reason>".
     """
     try:
         libc = ctypes.CDLL(None)

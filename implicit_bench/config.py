@@ -135,7 +135,7 @@ def _compose(command: str, overrides: Sequence[str]) -> Composed:
 
 
 class _hydra:
-    """hydra.initialize_config_dir with a search path, which the compose API takes as an override of Hydra's own."""
+    """hydra.initialize_config_dir with the folders of --config-dir."""
 
     def __init__(self, search: Sequence[str]):
         self.search = [Path(s).resolve() for s in search]
@@ -150,15 +150,21 @@ class _hydra:
         GlobalHydra.instance().clear()
         self.context = initialize_config_dir(str(config_dir()), version_base="1.3", job_name="implicit-bench")
         self.context.__enter__()
-        path = GlobalHydra.instance().config_loader().get_search_path()
-        for folder in self.search:  # before ours, as hydra.main does it
-            path.prepend("command-line", f"file://{folder}")
+        if self.search:  # before ours, as hydra.main does it
+            loader: Any = GlobalHydra.instance().config_loader()
+            for folder in self.search:
+                loader.get_search_path().prepend("command-line", f"file://{folder}")
+            loader.repository.initialize_sources(loader.get_search_path())
 
     def __exit__(self, *exc: Any) -> None:
         self.context.__exit__(*exc)
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
+
+
+def plural(group: str) -> str:
+    return f"{group[:-1]}ies" if group.endswith("y") else f"{group}s"
 
 
 def _check_word(o: Any) -> None:

@@ -526,7 +526,7 @@ before = heap_mib()
 keep = torch.ones(2**20)
 grown = heap_mib() - before
 def work(): torch.ones(2**23)
-for _ in range(20): work()  # an aligned allocation leaves a splinter, and the first few must fill glibc's cache of those
+for _ in range(20): work()  # the first few must fill glibc's cache of splinters
 start = faults()
 for _ in range(10): work()
 print(json.dumps([word, faults() - start, grown]))

@@ -285,9 +285,10 @@ for i in range(rounds):
         pass
     try:
         held.append(lock.RunLock(f"{{top}}/{{i}}").__enter__())
-        print(i, flush=True)
+        print(i)
     except lock.RunLocked:
         pass
+print("end", flush=True)
 sys.stdin.read()  # holds what it won until all are done
 """
 
@@ -296,16 +297,14 @@ def test_of_three_thieving_processes_one_wins_each_time(tmp_path):
     rounds = 50
     for i in range(rounds):
         stale(tmp_path / str(i))
-    start = time.time() + 0.5
+    start = time.time() + 0.3
     arguments = [sys.executable, "-c", STEAL, str(tmp_path), str(start), str(rounds)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(arguments, **pipes) for _ in range(3)]
-    time.sleep(0.5 + 0.02 * rounds + 1.5)
-    wins = []
+    wins = [int(line) for process in processes for line in iter(process.stdout.readline, "end\n")]
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
-        wins += [int(line) for line in out.split()]
     assert sorted(wins) == list(range(rounds))
 
 

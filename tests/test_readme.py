@@ -1,0 +1,51 @@
+"""The README is true: its snippet runs, its commands compose, its tree is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from implicit_bench import config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^implicit-bench (train|bench|data) (.*?)(?:\s+#.*)?$", README, re.M)
+
+
+def test_the_snippet_trains():
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    torch.manual_seed(0)
+    names = {"images": torch.rand(4, 1, 28, 28), "labels": torch.tensor([1, 2, 3, 4]),
+             "loss_fn": torch.nn.functional.cross_entropy}  # fmt: skip
+    exec(snippet, names)
+    out = names["out"]
+    assert (out.solution.stats.residual <= 1e-3).all()
+    assert out.backward.vjps >= 3
+    assert all(p.grad is not None for p in names["network"].cell.parameters())
+    assert all(p.grad is not None for p in names["layer"].init.parameters())
+
+
+@pytest.mark.parametrize(("command", "words"), COMMANDS)
+def test_every_command_composes(command, words):
+    given = [w for w in shlex.split(words) if w != "-m"]
+    for job in config.expand(given):
+        config.compose(command, job)
+
+
+def test_commands_were_found():
+    assert len(COMMANDS) >= 4
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "setup", "lint"])
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_the_tree_is_there():
+    tree = README.split("## Where things are")[1].split("```")[1]
+    named = re.findall(r"(?:^|\s)((?:[a-z_]+/)|(?:[a-z_]+\.(?:py|sh|md)))(?=\s|,)", tree)
+    assert len(named) > 15
+    for name in named:
+        assert list(ROOT.rglob(name.rstrip("/"))), name
