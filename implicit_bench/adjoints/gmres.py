@@ -64,7 +64,7 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         rotated = (Q[:, : j + 1, : j + 1] @ h.unsqueeze(2)).squeeze(2)
         last = rotated[:, j:]
         rho = torch.hypot(last, norm)
-        active = active & (rho > floor)  # a breakdown without convergence: A is singular on this space
+        active = active & (rho > 10 * floor)  # a breakdown without convergence: A is singular on this space
         V[j + 1] = torch.where(active & (norm > floor), w / norm, 0.0)  # rows not active must stay finite
         c, s = (last / rho).unsqueeze(2), (norm / rho).unsqueeze(2)
         H[:, :j, j], H[:, j, j] = rotated[:, :j], rho.squeeze(1)

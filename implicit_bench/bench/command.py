@@ -116,7 +116,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
                            f"{samples.rounds} paired rounds, {rec['environment'].get('cpu')}")  # fmt: skip
         sink.image("speedup", folder / "speedup.svg")
     sink.table("rows", *table)
-    sink.summary({f"ratio.{c.id}.{c.slower.label}_over_{c.faster.label}.{c.measure}": c.ratio.value for c in found})
+    sink.summary({f"ratio.{c.measure}.{c.slower.label}_over_{c.faster.label}": c.ratio.value for c in found})
     code = 1 if samples.failed else 0
     rec["status"] = "interrupted" if samples.interrupted else "failed" if samples.failed else "done"
     rec["error"] = "; ".join(f"{k}: {v}" for k, v in samples.failed.items()) or None

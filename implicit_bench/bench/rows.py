@@ -25,7 +25,7 @@ class Row:
         self.name: str = job.config["model"]["name"]
         self.model = device.place(parts.model)
         if device.compile:
-            self.model.layer.f = torch.compile(self.model.layer.cell)
+            self.model.layer.cell.compile()
         self.recipe = parts.recipe
         self.order = data.order(len(data.train), job.config["seed"], 1)
         self.step = Step(self.model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
@@ -93,9 +93,9 @@ class Row:
             ctx = layer.cell.begin(features)
             z = layer(features).z.detach()
             t = z.new_zeros(len(z))
-            f = clock.unit_cost(lambda: layer.f(z, ctx, t), device=self.device.torch)
+            f = clock.unit_cost(lambda: layer.cell(z, ctx, t), device=self.device.torch)
         zs = z.requires_grad_()
-        out = layer.f(zs, ctx, t)
+        out = layer.cell(zs, ctx, t)
         v = torch.ones_like(out)
         vjp = clock.unit_cost(lambda: torch.autograd.grad(out, zs, v, retain_graph=True), device=self.device.torch)
         return f, vjp
@@ -117,10 +117,15 @@ def labels(jobs: Sequence[config.Composed], overrides: Sequence[str]) -> list[st
     names = []
     for job in jobs:
         values = dict(o.split("=", 1) for o in job.overrides)
-        name = " ".join(values[key] for key in swept) or job.config["model"]["name"]
+        name = " ".join(_said(key, values[key]) for key in swept) or job.config["model"]["name"]
         steps = job.config["stop"].get("steps")
         names.append(name if steps is None else f"{name} ×{steps}")
     return [n if names.count(n) == 1 else f"{n} #{names[: i + 1].count(n)}" for i, n in enumerate(names)]
+
+
+def _said(key: str, value: str) -> str:
+    """model=deq is deq; gpu.compile=true is compile=true."""
+    return value if "." not in key else f"{key.rpartition('.')[2]}={value.lower()}"
 
 
 SHARED = ("dataset", "seed", "recipe.batch", "gpu.device", "gpu.dtype", "gpu.threads")

@@ -42,7 +42,6 @@ class ImplicitLayer(nn.Module):
             adjoint,
             field,
         )
-        self.f = cell  # what is called NFE times; a compiled cell replaces it
         self._direct: list[Tensor] | None = None
         self._check()
         wanted = getattr(stop, "per_sample", "auto")
@@ -72,7 +71,7 @@ class ImplicitLayer(nn.Module):
             ctx = _map(ctx, lambda c: c.view_as(c))
 
         def f(z: Tensor, t: Tensor) -> Tensor:
-            return self.f(z, ctx, t)
+            return self.cell(z, ctx, t)
 
         start = self.init(x, f)
         F: Field = FixedPoint(f) if (field or self.field) == "equilibrium" else f

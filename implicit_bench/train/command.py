@@ -73,7 +73,7 @@ def _train(job: config.Composed, cfg: dict[str, Any], device: Device, folder: Pa
         data = parts.dataset.load(Path(cfg["paths"]["data"]), device.torch, fetch=lambda line: say("data", line))
         model = device.place(parts.model)
         if device.compile:
-            model.layer.f = torch.compile(model.layer.cell)
+            model.layer.cell.compile()
         counts = model.parameter_counts()
         rec["params"] = {"total": sum(counts.values()), "by_part": counts}
         rec["data"] = {"name": data.name, "sha256": data.sha256, "n_train": len(data.train), "n_val": len(data.val),

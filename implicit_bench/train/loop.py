@@ -141,7 +141,7 @@ class Fit:
             at.batch += 1
             if at.cold_s is None:
                 at.cold_s = time.perf_counter() - began
-            bar.at(step.taken, lambda: self._live(tally))
+            bar.at(step.taken, lambda: self._live(tally, (time.perf_counter() - began) / (step.taken - first)))
             if step.taken - first == COLD_STEPS:
                 self._warn_if_long((time.perf_counter() - began - at.cold_s) / (COLD_STEPS - 1), say)
             if step.taken % self.log_steps == 0:
@@ -203,9 +203,9 @@ class Fit:
         for name, values in laps.items():
             self.at.times[name] = [*self.at.times.get(name, ()), *values][-KEPT_TIMES:]
 
-    def _live(self, tally: Tally) -> str:
+    def _live(self, tally: Tally, step_s: float) -> str:
         m = tally.means()
-        return f"loss {m['loss']:.3f} · acc {m['acc']:.3f} · nfe {number(m['nfe_forward'])}"
+        return f"{number(step_s * 1e3)} ms/step · loss {m['loss']:.3f} · acc {m['acc']:.3f} · nfe {number(m['nfe_forward'])}"
 
     def _warn_if_long(self, step_s: float, say: Callable[[str], None]) -> None:
         left = step_s * (self.total - self.step.taken)

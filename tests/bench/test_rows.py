@@ -85,6 +85,7 @@ def test_rows_are_called_by_what_tells_them_apart(tmp_path):
     assert names("model=deq", "solver=picard,anderson") == ["picard", "anderson"]
     assert names("model=deq,skip_deq", "solver=picard,anderson") == [
         "deq picard", "deq anderson", "skip_deq picard", "skip_deq anderson"]  # fmt: skip
+    assert names("model=deq", "gpu.compile=false,true") == ["compile=false", "compile=true"]
     assert names("model=deq,deq") == ["deq #1", "deq #2"]
 
 
