@@ -56,9 +56,10 @@ examples
   {PROG} train model=neural_ode adjoint=unroll dataset=fashion_mnist length=short
   {PROG} train -m model=deq,skip_deq seed=0,1,2 logger=none
 
-keys (default): recipe.epochs (20) recipe.batch (32) recipe.optimizer=adam|adamw|sgd recipe.lr (0.001) recipe.clip (none)
-  recipe.schedule=cosine|step|constant recipe.pretrain_steps (0) recipe.on_nonfinite=raise|skip_step
-  stop.tol (0.01) stop.max_steps (50) stop.per_sample=auto|true|false solver.rtol (0.001) adjoint.rtol (0.01)
+keys (default): recipe.epochs (20) recipe.batch (32) recipe.lr (0.001) recipe.clip (null)
+  recipe.optimizer=adam|adamw|sgd (adam) recipe.schedule=cosine|step|constant (cosine)
+  recipe.pretrain_steps (0) recipe.on_nonfinite=raise|skip_step (raise)
+  stop.tol (0.01) stop.max_steps (50) stop.per_sample=auto|true|false (auto) solver.rtol (0.001) adjoint.rtol (0.01)
 
 leaves  runs/MODEL-DATASET-sSEED-ID/   record.json, metrics.jsonl, config.yaml, last.pt, wandb/
 exit    0 done or already done · 1 failed · 2 usage · 3 some runs of a sweep failed · 130 interrupted
@@ -99,10 +100,6 @@ usage: {PROG} list [models|networks|inits|solvers|stops|adjoints|penalties|recip
 }
 
 
-class Command(NamedTuple):
-    run: Callable[[list[str]], int]
-
-
 class JobFailed(Exception):
     """A run of a sweep failed and has said so; the others go on."""
 
@@ -129,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's own modules; console scripts leave the working directory out
-    return _guarded(lambda: COMMANDS[name].run(rest))
+    return _guarded(lambda: COMMANDS[name](rest))
 
 
 def _guarded(run: Callable[[], int]) -> int:
@@ -350,4 +347,4 @@ def _list(args: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": Command(_train), "bench": Command(_bench), "data": Command(_data), "list": Command(_list)}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "bench": _bench, "data": _data, "list": _list}

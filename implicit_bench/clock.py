@@ -34,8 +34,8 @@ def set_allocator_policy(top_pad: bool = True) -> str:
     """Keep freed memory in the process: glibc's defaults can cost more in page faults than the mathematics does.
 
     No allocation by mmap, no trimming, the heap grows 256 MiB at a time; `top_pad=False` (glibc's own 128 KiB) is for a
-    fresh process that measures memory. The first 8 or so tensors of a size still fault and add to the peak (the splinter
-    of each aligned allocation goes to tcache, which holds 7, so the free piece beside it is a little short).
+    fresh process that measures memory. The first 8 or so tensors of a size still fault and add to the peak: the
+    splinter of each aligned allocation goes to tcache, which holds 7, so the free piece beside it is a little short.
     Idempotent, never raises. Returns the word for the record: "glibc-tuned", "glibc-tuned, no top pad" or
     "default: <reason>".
     """
@@ -335,7 +335,7 @@ class Alone:
     def _others_s(self) -> float | None:
         try:
             # user nice system idle iowait irq softirq steal; steal is other guests' work, and guest time is within user
-            total = [int(x) for x in (self._proc / "stat").read_text().partition("\n")[0].split()[1:9]]
+            total = [int(x) for x in (self._proc / "stat").read_text().split()[1:9]]
             stat: dict[int, list[str]] = {}
             for path in self._proc.glob("[0-9]*/stat"):
                 with suppress(OSError):  # it ended while we looked

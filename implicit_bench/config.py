@@ -76,12 +76,12 @@ def parse(overrides: Sequence[str], loader: Any = None) -> list[Any]:
     parsed = []
     for text in overrides:
         if not text.partition("=")[0].strip("+~ ") or ("=" not in text and not text.startswith("~")):
-            raise UsageError(f"cannot read {text!r}: write key=value, such as model=deq")
+            raise UsageError(f"cannot read {text!r} as key=value, such as model=deq")
         try:
             parsed.extend(OverridesParser.create(loader).parse_overrides([text]))
         except HydraException:
-            raise UsageError(f"cannot read {text!r}: write key=value, or key='value' with quotes that reach "
-                             "implicit-bench if the value has brackets, commas or other signs in it") from None  # fmt: skip
+            raise UsageError(f"cannot read {text!r} as key=value; a value with commas, brackets or other signs in it "
+                             "needs quotes inside the shell's: \"key='a,b'\"") from None  # fmt: skip
     return parsed
 
 
@@ -91,10 +91,9 @@ def resolved(cfg: Any, choices: dict[str, str], overrides: Sequence[str] = ()) -
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = OmegaConf.to_container(cfg, resolve=True)
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UsageError(f"cannot resolve the configuration: {first_line(error)}") from None
-    assert isinstance(config, dict)
     config.pop("hydra", None)
     if "recipe" in config:
         config.setdefault("penalty", {})  # penalty=[] is penalty=[none]
@@ -147,14 +146,16 @@ class _hydra:
         for folder in self.search:
             if not folder.is_dir():
                 raise UsageError(f"no folder {folder} for --config-dir")
+            for file in folder.rglob("*.yaml"):  # Hydra would take ours in silence
+                if (config_dir() / file.relative_to(folder)).exists():
+                    raise UsageError(f"{file} has the name of one of implicit-bench's own; give it another")
         GlobalHydra.instance().clear()
         self.context = initialize_config_dir(str(config_dir()), version_base="1.3", job_name="implicit-bench")
         self.context.__enter__()
-        if self.search:  # before ours, as hydra.main does it
-            loader: Any = GlobalHydra.instance().config_loader()
-            for folder in self.search:
-                loader.get_search_path().prepend("command-line", f"file://{folder}")
-            loader.repository.initialize_sources(loader.get_search_path())
+        loader: Any = GlobalHydra.instance().config_loader()
+        for folder in self.search:
+            loader.get_search_path().prepend("command-line", f"file://{folder}", "schema")
+        loader.repository.initialize_sources(loader.get_search_path())
 
     def __exit__(self, *exc: Any) -> None:
         self.context.__exit__(*exc)
@@ -171,7 +172,7 @@ def _check_word(o: Any) -> None:
     """Refuse what Hydra would take in silence, or refuse in several lines."""
     name, shown = o.key_or_group, o.input_line.partition("=")[2]
     if o.is_sweep_override():
-        raise UsageError(f"{o.input_line!r} names several values: add -m for one run each, or quote a value with commas")
+        raise UsageError(f"{o.input_line!r} names several values: add -m for one run each, or quote a comma")
     if o.is_delete():
         raise UsageError(f"cannot leave {name!r} out; write {name}=value")
     options = _options(name)
@@ -194,8 +195,10 @@ def _options(group: str) -> list[str]:
     if "." in group or "@" in group:
         return []
     loader = GlobalHydra.instance().config_loader()
-    below = [f"{sub}/{file}" for sub in loader.list_groups(group) for file in loader.get_group_options(f"{group}/{sub}")]
-    return [file.removesuffix(".yaml") for file in [*loader.get_group_options(group), *below]]
+    below = [
+        f"{sub}/{name}" for sub in loader.list_groups(group) for name in loader.get_group_options(f"{group}/{sub}")
+    ]
+    return [name.removesuffix(".yaml") for name in [*loader.get_group_options(group), *below]]
 
 
 def _explain(command: str, words: Sequence[Any], error: Exception) -> str:
@@ -214,8 +217,7 @@ def _explain(command: str, words: Sequence[Any], error: Exception) -> str:
 def _keys_of(command: str, overrides: Sequence[str] = ()) -> list[str]:
     import hydra
 
-    keys = _keys(hydra.compose(command, list(overrides)))
-    return [key for key in keys if not key.endswith("_target_")]
+    return list(_keys(hydra.compose(command, list(overrides))))
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:

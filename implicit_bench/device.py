@@ -1,12 +1,30 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
+import subprocess
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from . import clock
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that implicit-bench runs from, with + when it is not clean; None when installed."""
+    here = Path(__file__).parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(here)]
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5)
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=5).returncode
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + ("+" if dirty else "") if commit.returncode == 0 else None
+
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -47,6 +65,19 @@ class Device:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)
         return policy
+
+    def environment(self) -> dict[str, Any]:
+        """`begin`, and what a record says of the machine: hardware names the folder of committed records."""
+        allocator = self.begin()
+        facts = clock.fingerprint()
+        cuda = self.torch.type == "cuda"
+        hardware = torch.cuda.get_device_name(self.torch) if cuda else f"{facts['cores']}-core {facts['cpu']}"
+        versions = {}
+        for package in ("implicit-bench", "torchdiffeq", "hydra-core", "omegaconf", "wandb"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[package] = importlib.metadata.version(package)
+        return {"hardware": hardware, **facts, "world_size": 1, "allocator": allocator, "versions": versions,
+                "git": _commit(), "alone": None}  # fmt: skip
 
     def place(self, model: M) -> M:
         model = model.to(self.torch, torch.float64 if self.dtype == torch.float64 else torch.float32)

@@ -37,11 +37,12 @@ def nearest(word: str, options: Sequence[str], most: int = 12) -> str:
 
 def no_key(key: str, known: Sequence[str]) -> str:
     """`epochs` is recipe.epochs; else the nearest."""
+    known = [k for k in known if not k.endswith("_target_")]
     ends = [k for k in known if k.endswith(f".{key}")]
     return f"no key {key!r}" + (f"; nearest: {', '.join(ends[:3])}" if ends else nearest(key, known))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
@@ -50,7 +51,7 @@ def check(config: dict[str, Any]) -> None:
     allow: Sequence[str] = ()
     for key, value in _plain(config):
         if key not in PLAIN:
-            raise UsageError(no_key(key, list(PLAIN)))
+            raise UsageError(no_key(key, [*PLAIN, *GROUPS]))
         hint, least = PLAIN[key]
         _check_type(key, value, hint)
         if hint in (int, float) and value < least:
@@ -105,8 +106,8 @@ def _check_component(node: dict[str, Any], path: str, allow: Sequence[str]) -> N
 def _check_type(key: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         words = _words(hint)
-        wanted = nearest(str(value), words) if words else f"; it wants {_spell(hint)}"
         shown = repr(value) if isinstance(value, str) else json.dumps(value, default=str)  # null and true, as in YAML
+        wanted = nearest(shown.strip("'"), words) if words else f"; it wants {_spell(hint)}"
         raise UsageError(f"{key}={shown} is not possible{wanted}")
 
 
@@ -175,5 +176,5 @@ def _spell(hint: Any) -> str:
         return " or ".join(_spell(a) for a in args)
     if origin in (list, tuple, Sequence) and args:
         return f"a list in brackets, each {_spell(args[0])}"
-    plain = {int: "a whole number", float: "a number", str: "a word", type(None): "null"}
+    plain = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return plain.get(hint) or str(hint).replace("typing.", "")

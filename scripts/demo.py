@@ -12,7 +12,6 @@ from implicit_bench.cli import main
 from implicit_bench.terminal import duration, say, share
 from implicit_bench.train.command import Outcome, train
 
-
 EVERYWHERE = ["gpu.threads=1", *sys.argv[1:]]  # on so small a network a second thread only adds noise
 
 

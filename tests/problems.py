@@ -22,7 +22,11 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def f64(values: Any, *repeat: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).repeat(*repeat) if repeat else torch.tensor(values, dtype=torch.float64)
+    return (
+        torch.tensor(values, dtype=torch.float64).repeat(*repeat)
+        if repeat
+        else torch.tensor(values, dtype=torch.float64)
+    )
 
 
 def with_spectrum(values: Sequence[float], seed: int = 0) -> Tensor:
@@ -89,8 +93,8 @@ class TanhCell(nn.Module):
         super().__init__()
         self.size = size
         self.W = nn.Parameter(contraction(size, norm, seed))
-        self.U = nn.Parameter(random(size, size, seed=seed + 1))
-        self.b = nn.Parameter(random(size, seed=seed + 2))
+        self.U = nn.Parameter(random(size, size, seed=seed + 1, scale=0.5))
+        self.b = nn.Parameter(random(size, seed=seed + 2, scale=0.5))
 
     def begin(self, x: Tensor) -> Any:
         return x @ self.U + self.b
@@ -110,7 +114,16 @@ class CentredCell(TanhCell):
 
 def network(cell: nn.Module) -> Any:
     """As much of a network as a start needs."""
-    return SimpleNamespace(cell=cell, predictor=lambda: nn.Sequential(nn.Linear(cell.size, cell.size), nn.ReLU()).double())
+    return SimpleNamespace(
+        cell=cell, predictor=lambda: nn.Sequential(nn.Linear(cell.size, cell.size), nn.ReLU()).double()
+    )
+
+
+def counted(cell: nn.Module) -> list[None]:
+    """A list that grows by one with each call of the cell from now on."""
+    calls: list[None] = []
+    cell.register_forward_pre_hook(lambda *_: calls.append(None))
+    return calls
 
 
 def root(solver: Any = None, stop: Any = TIGHT, reduce: Reduce = PER_SAMPLE) -> Solve:

@@ -411,7 +411,9 @@ def test_ctrl_c_leaves_whole_rounds_only(stop_at):
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize(("seconds", "rounds", "expected"), [(1, None, 1), (7.5, None, 2), (8.5, None, 3), (100, 3, 3)])
+@pytest.mark.parametrize(
+    ("seconds", "rounds", "expected"), [(0, None, 1), (1, None, 1), (7.5, None, 2), (8.5, None, 3), (100, 3, 3)]
+)
 def test_interleave_stops_when_time_is_spent_but_never_inside_a_round(hands, seconds, rounds, expected):
     def row():
         hands.pass_ms(2000)
@@ -434,8 +436,10 @@ def test_the_collector_rests_inside_runs_between_rounds_and_is_put_back(enabled)
     collections, inside = [], []
     gc.callbacks.append(lambda phase, info: collections.append(len(inside)) if phase == "start" else None)
     try:
-        interleave({"a": lambda: {"x": float(inside.append(gc.isenabled()) is None)}}, rounds=3)
-        assert inside == [False] * 3
+        interleave(
+            {"a": lambda: {"x": float(inside.append((gc.isenabled(), gc.get_freeze_count() > 0)) is None)}}, rounds=3
+        )
+        assert inside == [(False, True)] * 3
         assert collections == [0, 1, 2, 3]
         assert gc.isenabled() == enabled
         assert gc.get_freeze_count() == 0

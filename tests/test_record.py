@@ -205,18 +205,7 @@ def test_lookup_is_by_id_and_prefers_a_finished_run(tmp_path):
 # record.json
 
 KEYS = [
-    *(
-        "schema_version",
-        "run_id",
-        "attempt",
-        "command",
-        "status",
-        "error",
-        "experiment",
-        "protocol",
-        "length",
-        "config",
-    ),
+    *("schema_version", "run_id", "attempt", "command", "status", "error", "experiment", "protocol", "length"),
     *("config", "params", "data", "steps", "epochs", "best_epoch", "metrics", "timing", "solve", "memory", "flops"),
     *("nonfinite_steps", "resumed_from", "environment", "started_at", "finished_at"),
 ]

@@ -8,10 +8,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_gpu(out, *words):
-    return subprocess.run(
-        ["bash", str(ROOT / "scripts" / "on_gpu.sh"), "-g", "cpu", "-T", "-p", sys.executable, "-o", str(out), "--", *words],
-        capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=False,
-    )  # fmt: skip
+    return run("-g", "cpu", "-T", "-o", str(out), "--", *words)
+
+
+def run(*words):
+    script = ["bash", str(ROOT / "scripts" / "on_gpu.sh"), "-p", sys.executable]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*script, *words], capture_output=True, text=True, env=environment, check=False)
 
 
 def test_on_gpu_runs_each_command_once_and_gathers_records(tmp_path):
@@ -29,7 +32,6 @@ def test_on_gpu_runs_each_command_once_and_gathers_records(tmp_path):
 
 
 def test_on_gpu_without_a_gpu_says_so(tmp_path):
-    ran = subprocess.run(["bash", str(ROOT / "scripts" / "on_gpu.sh"), "-p", sys.executable, "-o", str(tmp_path)],
-                         capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=False)  # fmt: skip
+    ran = run("-o", str(tmp_path))
     assert ran.returncode == 1
     assert "torch sees no CUDA device" in ran.stderr

@@ -53,7 +53,7 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
         attempt = _set_aside(folder)
         rec = record.new_record("bench", identity, attempt=attempt, protocol=jobs[0].choices.get("protocol"),
                                 experiment=jobs[0].choices.get("experiment"))  # fmt: skip
-        rec["environment"] = {**clock.fingerprint(), "allocator": devices[0].begin(), "world_size": 1}
+        rec["environment"] = devices[0].environment()
         data = config.make(first["dataset"], "dataset").load(
             Path(first["paths"]["data"]), devices[0].torch, fetch=lambda line: say("data", line))  # fmt: skip
         rec["data"] = {"name": data.name, "sha256": data.sha256, "n_train": len(data.train), "n_val": len(data.val),
@@ -109,8 +109,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
             "rounds": samples.rounds, "steps_a_round": k, "unsettled": unsettled}  # fmt: skip
     sentences = "\n".join(f"- {_sentence(c)}" for c in found)
     (folder / "table.md").write_text(f"{tables.markdown(*table)}\n{sentences}\n")
-    bars = [(f"{c.id} {c.slower.label} / {c.faster.label}, {c.measure}".removeprefix("– "), c.ratio.value, c.ratio.low, c.ratio.high)
-            for c in found]  # fmt: skip
+    bars = [(c.title, c.ratio.value, c.ratio.low, c.ratio.high) for c in found]
     if bars:
         plots.speedup_bars(folder / "speedup.svg", bars, f"{rec['data']['name']}, batch {rows[0].recipe.batch}, "
                            f"{samples.rounds} paired rounds, {rec['environment'].get('cpu')}")  # fmt: skip

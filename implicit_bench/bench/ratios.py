@@ -53,6 +53,10 @@ class Comparison:
     ratio: Ratio
 
     @property
+    def title(self) -> str:
+        return f"{self.id} {self.slower.label} / {self.faster.label}, {self.measure}".removeprefix("– ")
+
+    @property
     def caveats(self) -> list[str]:
         found = [f"{row.label} not converged" for row in (self.slower, self.faster) if not row.converged]
         if self.id in ("R1", "R2", "R6") and dict(self.slower.solver) != dict(self.faster.solver):

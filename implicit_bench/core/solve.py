@@ -31,7 +31,8 @@ def solve(F: Field, z0: Tensor, *, solver: Solver, stop: Stop, reduce: Reduce | 
     """Move z0 (B, D) with `solver` until `stop` closes every row, `stop.max_steps` steps at most.
 
     A row that has ended is frozen bit for bit; a row whose new state is not finite keeps its last finite one and ends
-    as NONFINITE; neither disturbs its neighbours, unless the batch is one system, which ends as one. Never raises for a failed solve: read `Solution.status`.
+    as NONFINITE; neither disturbs its neighbours, unless the batch is one system, which ends as one. Never raises for
+    a failed solve: read `Solution.status`.
     On a CUDA device the question "does any row go on?" is read one step late, so that the host never waits for the
     device; the step taken in vain moves nothing and is not in `stats.nfe` (it is in `stats.calls`).
     """

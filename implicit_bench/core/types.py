@@ -53,7 +53,8 @@ class State(NamedTuple):
 
     def finite(self) -> Tensor:
         """(B,) bool: which rows hold no NaN and no infinity."""
-        return sum(a.detach().sum(1, dtype=_wide(a.dtype)) for a in (self.z, self.F)).isfinite()  # type: ignore[union-attr]
+        z, F = (a.detach().sum(1, dtype=_wide(a.dtype)) for a in (self.z, self.F))
+        return (z + F).isfinite()
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,15 @@ class Reduce:
     def gram(self, V: Tensor) -> Tensor:
         """All inner products of k states, (k, B, D) -> (R, k, k)."""
         rows = V.to(_wide(V.dtype)).transpose(0, 1) if self.per_sample else V.to(_wide(V.dtype)).flatten(1).unsqueeze(0)
-        return torch.bmm(rows, rows.mT)
+        gram: Tensor = rows @ rows.mT
+        return gram
 
     def dots(self, V: Tensor, w: Tensor) -> Tensor:
         """<V_i, w>: (k, B, D), (B, D) -> (R, k)."""
         V, w = V.to(_wide(V.dtype)), w.to(_wide(w.dtype))
         if self.per_sample:
-            return torch.linalg.vecdot(V, w).T
+            products: Tensor = torch.linalg.vecdot(V, w)
+            return products.T
         return torch.mv(V.flatten(1), w.flatten()).unsqueeze(0)
 
     def combine(self, h: Tensor, V: Tensor) -> Tensor:

@@ -55,6 +55,8 @@ class UntiedCell(nn.Module):
     def forward(self, z: Tensor, ctx: Iterator[tuple[Any, Any]], t: Tensor) -> Tensor:
         cell, own = next(ctx, (None, None))
         if cell is None:
-            raise ValueError(f"each of the {len(self.cells)} untied cells is applied once a solve, but there was one call "
-                             f"more; use init=zero and at most {len(self.cells)} applications")  # fmt: skip
+            raise ValueError(
+                f"each of the {len(self.cells)} untied cells is applied once a solve, but there was one call more; "
+                f"use init=zero and at most {len(self.cells)} applications"
+            )
         return cell(z, own, t)

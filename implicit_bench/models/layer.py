@@ -60,8 +60,10 @@ class ImplicitLayer(nn.Module):
     def within(self, x: Tensor, steps: int) -> LayerOutput:
         """The layer allowed only so many applications of the cell, at least one."""
         if hasattr(self.solver, "tableau") or hasattr(self.solver, "integrate"):
-            raise ValueError(f"solver={type(self.solver).__name__} takes several evaluations a step and cannot be held to "
-                             f"{steps}; use solver=picard or solver=anderson")  # fmt: skip
+            raise ValueError(
+                f"solver={type(self.solver).__name__} takes several evaluations a step and cannot be held to {steps}; "
+                "use solver=picard or solver=anderson"
+            )
         return self._run(x, self.solver, FixedSteps(steps), self.adjoint)
 
     def _run(self, x: Tensor, solver: Solver, stop: Stop, adjoint: Adjoint, field: str | None = None) -> LayerOutput:
@@ -97,8 +99,10 @@ class ImplicitLayer(nn.Module):
             probe = self.cell(z.detach(), _map(ctx, Tensor.detach), z.new_zeros(len(z)))
             direct, through = _used([probe], named), _used(context, named)
             if both := [name for name in direct if name in through]:
-                raise ValueError(f"adjoint=backsolve needs each parameter in one place, but the cell's {', '.join(both)} is "
-                                 "used by begin and by forward; let begin return it in the context")  # fmt: skip
+                raise ValueError(
+                    f"adjoint=backsolve needs each parameter in one place, but the cell's {', '.join(both)} is used by "
+                    "begin and by forward; let begin return it in the context"
+                )
             self._direct = list(direct.values())
         return [*self._direct, *context]
 

@@ -68,7 +68,7 @@ def _train(job: config.Composed, cfg: dict[str, Any], device: Device, folder: Pa
     code, error = 1, None
     alone = clock.Alone()
     try:
-        rec["environment"] = {**clock.fingerprint(), "allocator": device.begin(), "world_size": 1}
+        rec["environment"] = device.environment()
         parts = config.build(cfg)
         data = parts.dataset.load(Path(cfg["paths"]["data"]), device.torch, fetch=lambda line: say("data", line))
         model = device.place(parts.model)

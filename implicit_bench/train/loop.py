@@ -205,7 +205,8 @@ class Fit:
 
     def _live(self, tally: Tally, step_s: float) -> str:
         m = tally.means()
-        return f"{number(step_s * 1e3)} ms/step · loss {m['loss']:.3f} · acc {m['acc']:.3f} · nfe {number(m['nfe_forward'])}"
+        speed = f"{number(step_s * 1e3)} ms/step"
+        return f"{speed} · loss {m['loss']:.3f} · acc {m['acc']:.3f} · nfe {number(m['nfe_forward'])}"
 
     def _warn_if_long(self, step_s: float, say: Callable[[str], None]) -> None:
         left = step_s * (self.total - self.step.taken)

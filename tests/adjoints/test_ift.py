@@ -14,6 +14,7 @@ from problems import (
     Watched,
     close,
     contraction,
+    counted,
     f64,
     network,
     random,
@@ -56,7 +57,9 @@ def test_ift_is_the_analytic_gradient_to_parameters_and_to_x():
         close(got, wanted, 1e-10)
 
 
-@pytest.mark.parametrize("solver", [Picard(), Anderson(ridge=1e-14), Tsit5(1e-12, 1e-12)], ids=["picard", "anderson", "tsit5"])
+@pytest.mark.parametrize(
+    "solver", [Picard(), Anderson(ridge=1e-14), Tsit5(1e-12, 1e-12)], ids=["picard", "anderson", "tsit5"]
+)
 def test_ift_is_an_unroll_of_many_picard_steps_whatever_the_solver(solver):
     cell = TanhCell()
     stop = Residual(1e-12, max_steps=3000)
@@ -105,7 +108,7 @@ def test_gradcheck(reduce):
 
 
 def test_the_tolerance_of_the_linear_solve_is_the_error_of_the_gradient():
-    cell = TanhCell(norm=0.95)
+    cell = TanhCell(norm=0.98, seed=1)
     exact = analytic(cell)
     errors = []
     for rtol in (1e-1, 1e-3, 1e-6):
@@ -119,7 +122,7 @@ def test_jfb_drops_the_inverse():
     r = f64([[0.5], [0.9]])
     for adjoint, wanted in ((EXACT, [[2.0], [10.0]]), (JFB(), [[1.0], [1.0]])):
         c = f64([[1.0], [1.0]]).requires_grad_()
-        z, _, _ = adjoint(FixedPoint(lambda z, t: r * z + c), torch.zeros(2, 1).double(), root(), ())  # noqa: B023
+        z, _, _ = adjoint(FixedPoint(lambda z, t, c=c: r * z + c), torch.zeros(2, 1).double(), root(), ())
         z.sum().backward()
         close(z.detach(), 1 / (1 - r), 1e-10)
         close(c.grad, f64(wanted), 1e-8)
@@ -263,28 +266,15 @@ def test_the_memory_of_ift_does_not_grow_with_the_solve(kept):
 def test_without_gradients_the_value_is_the_same_and_no_call_is_repeated(adjoint):
     cell = TanhCell()
     layer = ImplicitLayer(cell, Zero(network(cell)), Anderson(), Residual(1e-3), adjoint)
-    layer.f = watched = Calls(cell)
     tracked = layer(X)
-    watched.calls = 0
+    calls = counted(cell)
     with torch.no_grad():
         plain = layer(X)
-    assert watched.calls == plain.solution.stats.calls == plain.calls(0)
+    assert len(calls) == plain.solution.stats.calls == plain.calls(0)
     assert plain.backward.forward_calls == 0
     assert not plain.z.requires_grad
     close(plain.z, tracked.z.detach(), 1e-14)
     close(plain.z, cell(plain.solution.value, cell.begin(X), None).detach(), 1e-14)
-
-
-class Calls(torch.nn.Module):
-    """A cell that counts its calls."""
-
-    def __init__(self, cell):
-        super().__init__()
-        self.cell, self.calls = cell, 0
-
-    def forward(self, z, ctx, t):
-        self.calls += 1
-        return self.cell(z, ctx, t)
 
 
 def test_a_second_backward_through_a_kept_graph_gives_the_same_gradient():

@@ -107,7 +107,10 @@ def test_every_status_has_advice():
 def test_a_finished_row_is_frozen_to_the_bit(solver):
     """Each row equals the whole batch stopped at that row's own step count; one step more would have moved it."""
     F, z0 = tanh_elementwise(), torch.linspace(0.3, 3.0, 12).double().view(4, 3)
-    run = lambda n, tol=1e-3: solve(F, z0, solver=solver, stop=Residual(tol, max_steps=n), reduce=PER_SAMPLE)  # noqa: E731
+
+    def run(n, tol=1e-3):
+        return solve(F, z0, solver=solver, stop=Residual(tol, max_steps=n), reduce=PER_SAMPLE)
+
     s = run(1000)
     steps = s.stats.steps.tolist()
     assert len(set(steps)) > 2, "the rows must end at different steps for this to test anything"
@@ -146,7 +149,9 @@ def test_a_row_that_goes_nan_keeps_its_last_finite_value_and_disturbs_nobody(sol
 
 
 def test_a_nan_row_does_not_spread_through_andersons_small_systems():
-    F = FixedPoint(lambda z, t: torch.where(z > 6, torch.nan, torch.tanh(0.9 * z) + z * torch.tensor([[0.0], [1.0], [0.0]])))
+    F = FixedPoint(
+        lambda z, t: torch.where(z > 6, torch.nan, torch.tanh(0.9 * z) + z * torch.tensor([[0.0], [1.0], [0.0]]))
+    )
     z0 = f64([[1.0, 2.0], [5.0, 5.5], [0.5, 0.1]])
     stop = Residual(1e-8, max_steps=100)
     s = solve(F, z0, solver=Anderson(), stop=stop, reduce=PER_SAMPLE)
@@ -199,9 +204,15 @@ def test_per_sample_a_batch_is_its_rows_alone(solver):
     batch = solve(tanh_map(W, ctx), torch.zeros_like(ctx), solver=solver, stop=stop, reduce=PER_SAMPLE)
     assert len(set(batch.stats.steps.tolist())) > 2
     for i in range(6):
-        row = solve(tanh_map(W, ctx[i : i + 1]), torch.zeros(1, 5).double(), solver=solver, stop=stop, reduce=PER_SAMPLE)
+        row = solve(
+            tanh_map(W, ctx[i : i + 1]), torch.zeros(1, 5).double(), solver=solver, stop=stop, reduce=PER_SAMPLE
+        )
         close(batch.value[i : i + 1], row.value, 1e-11)
-        assert (batch.stats.steps[i], batch.stats.nfe[i], batch.status[i]) == (row.stats.steps, row.stats.nfe, row.status)
+        assert (batch.stats.steps[i], batch.stats.nfe[i], batch.status[i]) == (
+            row.stats.steps,
+            row.stats.nfe,
+            row.status,
+        )
         close(batch.stats.residual[i], row.stats.residual[0], 1e-11)
 
 

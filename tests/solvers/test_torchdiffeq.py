@@ -30,9 +30,12 @@ def test_equals_stock_torchdiffeq_to_the_bit_at_the_same_cost(method):
 
 def test_its_adjoint_equals_stock_to_the_bit():
     w = W.clone().requires_grad_()
-    F = lambda z, t: torch.tanh(z @ w) * torch.cos(3 * t)[:, None]  # noqa: E731
-    stock = odeint_adjoint(lambda t, z: F(z, t.expand(len(z))), Z0, f64([0.0, 2.0]), method="dopri5", rtol=1e-5, atol=1e-6,
-                           adjoint_params=(w,))[-1]  # fmt: skip
+
+    def F(z, t):
+        return torch.tanh(z @ w) * torch.cos(3 * t)[:, None]
+
+    settings = dict(method="dopri5", rtol=1e-5, atol=1e-6, adjoint_params=(w,))
+    stock = odeint_adjoint(lambda t, z: F(z, t.expand(len(z))), Z0, f64([0.0, 2.0]), **settings)[-1]
     ours = TorchDiffeq("dopri5", 1e-5, 1e-6).integrate(F, Z0, 2.0, wrt=(w,))
     assert torch.equal(ours, stock)
     a, b = (torch.autograd.grad(z.square().sum(), w)[0] for z in (ours, stock))
@@ -69,5 +72,5 @@ def test_an_assertion_of_the_fields_own_is_not_swallowed():
 
 
 def test_an_unknown_method_names_the_known_ones():
-    with pytest.raises(ValueError, match="solver.method='dopri6' is not one of torchdiffeq's: dopri8, dopri5"):
+    with pytest.raises(ValueError, match=r"solver\.method='dopri6' is not one of torchdiffeq's: dopri8, dopri5"):
         TorchDiffeq("dopri6")

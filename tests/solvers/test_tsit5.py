@@ -58,7 +58,10 @@ def defects():
     b = a[6]
     b_hat = b - np.array(tableau.e)
     trees = elementary_weights(a, c)
-    err = lambda w, order: max(abs(w @ phi - 1 / gamma) for phi, gamma in trees[order])  # noqa: E731
+
+    def err(weights, order):
+        return max(abs(weights @ phi - 1 / gamma) for phi, gamma in trees[order])
+
     return a, c, [err(b, k) for k in range(1, 6)], [err(b_hat, k) for k in range(1, 6)]
 
 
@@ -127,9 +130,9 @@ def test_agrees_with_scipy_on_a_nonlinear_system():
     for reduce in (PER_SAMPLE, BATCH):
         s = solve(field, z0, solver=Tsit5(1e-9, 1e-9), stop=EndTime(10.0, max_steps=5000), reduce=reduce)
         for i in range(2):
-            exact = solve_ivp(lambda t, z: field(torch.from_numpy(z)[None], f64([t]))[0].numpy(), (0, 10), z0[i].numpy(),
-                              method="DOP853", rtol=1e-12, atol=1e-12).y[:, -1]  # fmt: skip
-            close(s.value[i], torch.from_numpy(exact), 1e-6)
+            numpy_field = lambda t, z: field(torch.from_numpy(z)[None], f64([t]))[0].numpy()  # noqa: E731
+            exact = solve_ivp(numpy_field, (0, 10), z0[i].numpy(), method="DOP853", rtol=1e-12, atol=1e-12)
+            close(s.value[i], torch.from_numpy(exact.y[:, -1]), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -211,7 +214,9 @@ def test_a_nan_rejects_the_attempt_and_shrinks_the_step():
 
 
 def test_a_stiff_field_ends_at_the_cap():
-    s = solve(lambda z, t: -1e6 * (z - torch.cos(t)[:, None]), f64([[2.0]]), solver=Tsit5(), stop=EndTime(1.0, max_steps=200))
+    s = solve(
+        lambda z, t: -1e6 * (z - torch.cos(t)[:, None]), f64([[2.0]]), solver=Tsit5(), stop=EndTime(1.0, max_steps=200)
+    )
     assert s.status.tolist() == [Status.MAX_STEPS]
     assert s.stats.nfe.tolist() == [2 + 6 * 200]
 
@@ -219,7 +224,10 @@ def test_a_stiff_field_ends_at_the_cap():
 def test_a_field_that_ends_before_its_time_makes_the_step_too_small():
     """Beyond t = .5 the field is NaN; the value stays at the brink, and its neighbour goes on to the end."""
     until = torch.tensor([[0.5], [9.0]])
-    F = lambda z, t: torch.where(t[:, None] > until, torch.nan, torch.ones_like(z))  # noqa: E731
+
+    def F(z, t):
+        return torch.where(t[:, None] > until, torch.nan, torch.ones_like(z))
+
     s = solve(F, torch.zeros(2, 1), solver=Tsit5(), stop=EndTime(1.0), reduce=PER_SAMPLE)
     assert s.status.tolist() == [Status.STEP_TOO_SMALL, Status.REACHED_END]
     torch.testing.assert_close(s.value, torch.tensor([[0.5], [1.0]]), rtol=0, atol=1e-5)
@@ -252,10 +260,14 @@ def test_dz_dt_is_f_minus_z():
 def test_stepping_at_the_residuals_own_tolerance_hovers():
     """Why protocol.step_tol is a tenth of protocol.tol: an explicit ODE solver need not stop at its own tolerance."""
     F = tanh_map(contraction(4, 0.8), random(3, 4, seed=1))
-    run = lambda step_tol: solve(F, torch.zeros(3, 4).double(), solver=Tsit5(step_tol, step_tol),  # noqa: E731
-                                 stop=Residual(1e-4, max_steps=300), reduce=PER_SAMPLE)  # fmt: skip
-    assert Status.MAX_STEPS in run(1e-3).status.tolist()
-    assert run(1e-5).status.tolist() == [Status.CONVERGED] * 3
+    coarse, fine = (
+        solve(
+            F, torch.zeros(3, 4).double(), solver=Tsit5(tol, tol), stop=Residual(1e-4, max_steps=300), reduce=PER_SAMPLE
+        )
+        for tol in (1e-3, 1e-5)
+    )
+    assert Status.MAX_STEPS in coarse.status.tolist()
+    assert fine.status.tolist() == [Status.CONVERGED] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

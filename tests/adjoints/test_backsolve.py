@@ -1,0 +1,226 @@
+"""The continuous adjoint against analytic gradients, an unroll and torchdiffeq's own."""
+
+import gc
+import weakref
+from typing import NamedTuple
+
+import pytest
+import torch
+from problems import TanhCell, Watched, close, cosine, counted, f64, network, random, to_end
+from torch import nn
+from torchdiffeq import odeint_adjoint
+
+from implicit_bench.adjoints import Backsolve, Unroll
+from implicit_bench.core import EndTime
+from implicit_bench.models import ImplicitLayer, SkipNet, Zero
+from implicit_bench.solvers import TorchDiffeq, Tsit5
+
+X, G = random(3, 4, seed=7), random(3, 4, seed=8)
+
+
+class TimedCell(TanhCell):
+    """The field depends on time, so that a backward solve which forgets to turn it round is found out."""
+
+    def forward(self, z, ctx, t):
+        return super().forward(z, ctx, t) * (1 + torch.sin(3 * t))[:, None] - 0.3 * z
+
+
+def layer_of(cell, adjoint, solver, field="ode", t1=1.0, init=Zero):
+    return ImplicitLayer(cell, init(network(cell)), solver, EndTime(t1), adjoint, field)
+
+
+def gradients(cell, adjoint, solver, **settings):
+    """dL/d(W, U, b, x): W is the field's own, U and b act in `begin` alone and reach z through the context."""
+    x = X.clone().requires_grad_()
+    out = layer_of(cell, adjoint, solver, **settings)(x)
+    return torch.autograd.grad((out.z * G).sum(), [*cell.parameters(), x])
+
+
+@pytest.mark.parametrize("solver", [Tsit5(1e-10, 1e-10), TorchDiffeq(rtol=1e-10, atol=1e-10)], ids=["tsit5", "dopri5"])
+def test_the_analytic_gradient_of_a_linear_field_in_time(solver):
+    """z' = w z cos t + u: dz(t1)/dw and dz(t1)/du by finite differences of the closed form's quadrature."""
+    w, u = f64(0.8).requires_grad_(), f64([[0.5], [-1.0]]).requires_grad_()
+    z0 = f64([[1.0], [3.0]])
+
+    def F(z, t):
+        return w * z * torch.cos(t)[:, None] + u
+
+    z, solution, log = Backsolve()(F, z0, to_end(solver, 2.0), (w, u))
+    z.sum().backward()
+
+    s = torch.linspace(0, 2, 20_001).double()
+
+    def exact(w, u):
+        growth = torch.exp(w * (torch.sin(f64(2.0)) - torch.sin(s)))  # from time s to 2
+        return z0 * growth[0] + u * torch.trapezoid(growth, s)
+
+    close(z.detach(), exact(w.detach(), u.detach()), 1e-7)
+    a, b = w.detach().clone().requires_grad_(), u.detach().clone().requires_grad_()
+    exact(a, b).sum().backward()
+    close(w.grad, a.grad, 1e-6)
+    close(u.grad, b.grad, 1e-6)
+    close(solution.value, z.detach(), 0)
+    assert log.vjps == log.calls > 0
+
+
+@pytest.mark.parametrize(
+    ("tol", "agreement", "error"), [(1e-3, 0.999, 0.05), (1e-6, 0.9999999, 1e-3), (1e-10, 0.99999999999, 1e-7)]
+)
+def test_agrees_with_the_unroll_ever_better(tol, agreement, error):
+    for cell, t1 in ((TanhCell(), 1.0), (TimedCell(), 2.0)):
+        exact = gradients(cell, Unroll(), Tsit5(1e-12, 1e-12), t1=t1)
+        for solver in (Tsit5(tol, tol), TorchDiffeq(rtol=tol, atol=tol)):
+            got = gradients(cell, Backsolve(), solver, t1=t1)
+            assert cosine(got, exact) > agreement
+            for a, b in zip(got, exact):
+                assert float((a - b).norm() / b.norm()) < error
+
+
+def test_torchdiffeqs_solvers_get_torchdiffeqs_adjoint_to_the_bit():
+    cell = TimedCell()
+    x = X.clone().requires_grad_()
+    ctx = cell.begin(x)
+    settings = dict(method="dopri5", rtol=1e-3, atol=1e-3, adjoint_params=(cell.W, ctx))
+    zero = torch.zeros(3, 4).double()
+    stock = odeint_adjoint(lambda t, z: cell(z, ctx, t.expand(3)), zero, f64([0.0, 1.0]), **settings)[-1]
+    wanted = torch.autograd.grad((stock * G).sum(), [*cell.parameters(), x])
+    for a, b in zip(gradients(cell, Backsolve(), TorchDiffeq("dopri5")), wanted):
+        assert torch.equal(a, b)
+
+
+def test_our_own_is_near_torchdiffeqs_adjoint_at_a_training_tolerance():
+    cell = TimedCell()
+    assert cosine(gradients(cell, Backsolve(), Tsit5()), gradients(cell, Backsolve(), TorchDiffeq())) > 0.999
+
+
+@pytest.mark.parametrize("solver", [Tsit5(), TorchDiffeq()], ids=["tsit5", "dopri5"])
+def test_the_log_counts_the_backward_solve(solver):
+    w = f64([[0.8]]).requires_grad_()
+    watched = Watched(lambda z, t: z @ w)
+    z, solution, log = Backsolve()(watched, f64([[1.0]]), to_end(solver), (w,))
+    assert watched.calls == solution.stats.calls
+    assert (log.forward_calls, log.calls, log.vjps) == (0, 0, 0)
+    z.sum().backward()
+    assert log.calls == watched.calls - solution.stats.calls > 6
+    assert log.vjps == watched.vjps == log.calls
+
+
+def test_the_cap_on_the_backward_solve_is_seen_in_the_log():
+    cell = TanhCell()
+    for cap, converged in ((1, False), (1000, True)):
+        out = layer_of(cell, Backsolve(max_steps=cap), Tsit5(1e-6, 1e-6))(X)
+        out.z.sum().backward()
+        assert out.backward.converged.tolist() == [converged] * 3
+
+
+@pytest.mark.parametrize("solver", [Tsit5(1e-9, 1e-9), TorchDiffeq(rtol=1e-9, atol=1e-9)], ids=["tsit5", "dopri5"])
+def test_an_equilibrium_layer_puts_out_f_of_its_last_z_in_training_and_evaluation(solver):
+    """dz/dt = f - z to a finite time; trained and evaluated networks are the same function."""
+    cell = TanhCell()
+    layer = layer_of(cell, Backsolve(), solver, field="equilibrium", t1=2.0)
+    calls = counted(cell)
+    out = layer(X)
+    probe = 1  # which parameters the cell uses was asked once
+    assert len(calls) == out.calls(0) + probe
+    with torch.no_grad():
+        plain = layer(X)
+    assert plain.backward.forward_calls == 0
+    close(plain.z, out.z.detach(), 1e-13)
+    close(out.z.detach(), cell(out.solution.value, cell.begin(X), None).detach(), 1e-14)
+    got = gradients(cell, Backsolve(), solver, field="equilibrium", t1=2.0)
+    for a, b in zip(got, gradients(cell, Unroll(), Tsit5(1e-12, 1e-12), field="equilibrium", t1=2.0)):
+        close(a, b, 1e-6)
+
+
+class Context(NamedTuple):
+    u: torch.Tensor
+    more: dict
+
+
+class Strange(nn.Module):
+    """Contexts of all kinds: everything from `begin`, one tensor twice, one made from another, a named tuple."""
+
+    batch_independent, size = True, 4
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.U = kind, nn.Parameter(random(4, 4, seed=1, scale=0.5))
+
+    def begin(self, x):
+        u = x @ self.U
+        return {"plain": u, "twice": (u, u), "nested": [u, u.tanh()], "named": Context(u, {"n": 3, "v": u * 2}),
+                "parameter": (u, self.U)}[self.kind]  # fmt: skip
+
+    def forward(self, z, ctx, t):
+        if self.kind == "plain":
+            return torch.tanh(z + ctx)
+        if self.kind == "named":
+            return torch.tanh(z + ctx.u + ctx.more["v"])
+        if self.kind == "parameter":
+            return torch.tanh(z @ ctx[1] + ctx[0])
+        return torch.tanh(z + ctx[0] + ctx[1])
+
+
+@pytest.mark.parametrize("solver", [Tsit5(1e-9, 1e-9), TorchDiffeq(rtol=1e-9, atol=1e-9)], ids=["tsit5", "dopri5"])
+@pytest.mark.parametrize("kind", ["plain", "twice", "nested", "named", "parameter"])
+def test_whatever_the_context_no_gradient_is_lost_or_counted_twice(kind, solver):
+    cell = Strange(kind)
+    for a, b in zip(gradients(cell, Backsolve(), solver), gradients(cell, Unroll(), Tsit5(1e-11, 1e-11))):
+        close(a, b, 1e-6)
+
+
+class Shared(Strange):
+    def begin(self, x):
+        return x @ self.U
+
+    def forward(self, z, ctx, t):
+        return torch.tanh(z @ self.U + ctx)
+
+
+def test_a_parameter_in_two_places_is_refused():
+    sentence = "adjoint=backsolve needs each parameter in one place, but the cell's U is used by begin and by forward"
+    with pytest.raises(ValueError, match=sentence):
+        layer_of(Shared("plain"), Backsolve(), Tsit5())(X)
+
+
+def test_frozen_parameters_need_no_gradient():
+    cell = TanhCell()
+    cell.W.requires_grad_(False)
+    x = X.clone().requires_grad_()
+    exact = torch.autograd.grad((layer_of(cell, Unroll(), Tsit5(1e-9, 1e-9))(x).z * G).sum(), [cell.U, x])
+    got = torch.autograd.grad((layer_of(cell, Backsolve(), Tsit5(1e-9, 1e-9))(x).z * G).sum(), [cell.U, x])
+    for a, b in zip(got, exact):
+        close(a, b, 1e-6)
+
+
+def test_differentiating_twice_is_a_clear_error():
+    cell = TanhCell()
+    (g,) = torch.autograd.grad(layer_of(cell, Backsolve(), Tsit5())(X).z.square().sum(), cell.W, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        g.sum().backward()
+
+
+def test_the_start_gets_no_gradient():
+    cell = TanhCell()
+    layer = layer_of(cell, Backsolve(), Tsit5(), init=SkipNet)
+    layer(X).z.sum().backward()
+    assert all(p.grad is None for p in layer.init.parameters())
+    assert cell.W.grad is not None
+
+
+def test_no_memory_is_kept():
+    cell = TanhCell()
+    layer = layer_of(cell, Backsolve(), Tsit5())
+    layer(X)
+    gc.collect()
+    gc.disable()
+    try:
+        for run_backward in (False, True):
+            out = layer(X)
+            refs = [weakref.ref(out.z), weakref.ref(out.solution.value)]
+            if run_backward:
+                out.z.sum().backward()
+            del out
+            assert [ref() for ref in refs] == [None, None]
+    finally:
+        gc.enable()

@@ -1,0 +1,127 @@
+"""Which combinations a layer refuses, in which words, and how it reduces."""
+
+import pytest
+import torch
+from problems import CentredCell, TanhCell, network, random
+
+from implicit_bench.adjoints import IFT, JFB, Backsolve, Unroll
+from implicit_bench.core import EndTime, FixedSteps, Residual, Status
+from implicit_bench.models import DenseCell, ImplicitLayer, UntiedCell, Zero
+from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
+
+
+def make(solver, stop, adjoint, field="equilibrium", cell=None):
+    cell = cell or TanhCell()
+    return ImplicitLayer(cell, Zero(network(cell)), solver, stop, adjoint, field)
+
+
+UNTIED = UntiedCell([DenseCell(4) for _ in range(3)])
+REFUSED = [
+    (Tsit5(), Residual(), Unroll(), "ode",
+     "stop=Residual looks for f(z) = z, but field=ode has no equilibrium meaning; "
+     "use stop=end_time or field=equilibrium"),
+    (Picard(), FixedSteps(), Unroll(), "ode",
+     "stop=FixedSteps looks for f(z) = z, but field=ode has no equilibrium meaning; "
+     "use stop=end_time or field=equilibrium"),
+    (Tsit5(), EndTime(), IFT(), "ode",
+     "adjoint=IFT needs a fixed point, which field=ode does not have; use adjoint=backsolve or adjoint=unroll"),
+    (Tsit5(), EndTime(), JFB(), "ode",
+     "adjoint=JFB needs a fixed point, which field=ode does not have; use adjoint=backsolve or adjoint=unroll"),
+    (TorchDiffeq(), Residual(), IFT(), "equilibrium",
+     "solver=TorchDiffeq integrates to an end time and cannot stop at a residual; use stop=end_time or solver=tsit5"),
+    (TorchDiffeq(), FixedSteps(), Unroll(), "equilibrium",
+     "solver=TorchDiffeq integrates to an end time and cannot stop at a residual; use stop=end_time or solver=tsit5"),
+    (Anderson(), EndTime(), IFT(), "equilibrium",
+     "solver=Anderson finds roots and has no time; use stop=residual or solver=tsit5"),
+    (Picard(), EndTime(), Unroll(), "ode",
+     "solver=Picard finds roots and has no time; use stop=residual or solver=tsit5"),
+    (Tsit5(), Residual(), Backsolve(), "equilibrium",
+     "adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift"),
+    (Picard(), FixedSteps(), Backsolve(), "equilibrium",
+     "adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift"),
+    (Picard(), Residual(), IFT(), "root", "field='root' must be equilibrium or ode"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("solver", "stop", "adjoint", "field", "sentence"), REFUSED)
+def test_what_makes_no_sense_is_refused_in_a_sentence(solver, stop, adjoint, field, sentence):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        make(solver, stop, adjoint, field)
+    assert str(refusal.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("solver", "stop", "adjoint"),
+    [(Anderson(), FixedSteps(3), Unroll()), (Picard(), FixedSteps(3), IFT()), (Picard(), FixedSteps(2), Unroll()),
+     (Picard(), Residual(), Unroll()), (Picard(), FixedSteps(4), Unroll())],
+)  # fmt: skip
+def test_untied_cells_are_for_one_pass_only(solver, stop, adjoint):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        make(solver, stop, adjoint, cell=UNTIED)
+    assert str(refusal.value) == ("3 untied cells are applied once each; use solver=picard adjoint=unroll "
+                                  "stop=fixed_steps stop.steps=3")  # fmt: skip
+    make(Picard(), FixedSteps(3), Unroll(), cell=UNTIED)
+
+
+GOOD = [
+    (Anderson(), Residual(1e-4), IFT(), "equilibrium"),
+    (Picard(), Residual(1e-4, max_steps=200), JFB(), "equilibrium"),
+    (Tsit5(1e-5, 1e-5), Residual(1e-4, max_steps=200), IFT(), "equilibrium"),
+    (Picard(), FixedSteps(40), Unroll(), "equilibrium"),
+    (Tsit5(), EndTime(), Unroll(), "ode"),
+    (Tsit5(), EndTime(), Backsolve(), "ode"),
+    (TorchDiffeq(), EndTime(), Backsolve(), "ode"),
+    (TorchDiffeq(), EndTime(), Unroll(), "ode"),
+    (Tsit5(), EndTime(), Backsolve(), "equilibrium"),
+    (TorchDiffeq(), EndTime(), IFT(), "equilibrium"),
+]
+
+
+@pytest.mark.parametrize(("solver", "stop", "adjoint", "field"), GOOD)
+def test_what_makes_sense_solves_and_learns(solver, stop, adjoint, field):
+    """A gradient step along -dL/d(parameters) lowers the loss."""
+    layer, x = make(solver, stop, adjoint, field), random(8, 4, seed=7)
+    out = layer(x)
+    good = Status.CONVERGED if isinstance(stop, Residual) else Status.REACHED_END
+    assert out.solution.status.tolist() == [good] * 8
+    loss = out.z.square().sum()
+    loss.backward()
+    assert out.backward.vjps > 0
+    with torch.no_grad():
+        for p in layer.parameters():
+            p -= 1e-3 * p.grad
+        assert float(layer(x).z.square().sum()) < float(loss.detach())
+
+
+@pytest.mark.parametrize("stop", [Residual, EndTime, FixedSteps])
+def test_per_sample_is_refused_where_rows_interact(stop):
+    solver, adjoint = (Tsit5(), Unroll()) if stop is EndTime else (Picard(), Unroll())
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        make(solver, stop(per_sample=True), adjoint, cell=CentredCell())
+    assert str(refusal.value) == (
+        "per-sample stopping needs independent samples, but this network uses batch statistics; "
+        "use stop.per_sample=false or network.norm=group"
+    )
+
+
+@pytest.mark.parametrize(
+    ("per_sample", "cell", "wanted"),
+    [("auto", TanhCell(), True), ("auto", CentredCell(), False), (True, TanhCell(), True), (False, TanhCell(), False),
+     (False, CentredCell(), False)],
+)  # fmt: skip
+def test_per_sample_is_automatic(per_sample, cell, wanted):
+    layer = make(Picard(), Residual(1e-4, max_steps=300, per_sample=per_sample), IFT(), cell=cell)
+    x = random(6, 4, seed=7) * torch.logspace(-3, 1, 6).double()[:, None]
+    steps = layer(x).solution.stats.steps.tolist()
+    assert (len(set(steps)) > 1) == wanted
+    assert layer.reduce.per_sample == wanted
+
+
+def test_samples_do_not_see_each_other():
+    """Per sample, the answer for an image is the same in any batch, and alone."""
+    layer, x = make(Anderson(), Residual(1e-3), IFT()), random(6, 4, seed=7)
+    z = layer(x).z.detach()
+    for i in range(6):
+        torch.testing.assert_close(layer(x[i : i + 1]).z.detach(), z[i : i + 1], rtol=0, atol=1e-12)
+    coupled = make(Anderson(), Residual(1e-3), IFT(), cell=CentredCell())
+    assert float((coupled(x).z[:1] - coupled(x[:1]).z).detach().abs().max()) > 1e-2
