@@ -208,7 +208,8 @@ def mine(tmp_path):
     write("protocol/strict", "name: strict\ntol: 1.0e-4\nmax_steps: 9\nstep_tol: 1.0e-5\nlinear_rtol: 1.0e-4\n"
           "linear_atol: 0.0\nlinear_max_iter: 9\n")  # fmt: skip
     write("experiment/mine", "# @package _global_\ndefaults:\n  - override /model: skip_cdeq\n"
-          "  - override /dataset: small\nrecipe: {epochs: 7, batch: 8, lr: .5}\nprotocol:\n  max_steps: 8\n")  # fmt: skip
+          "  - override /dataset: small\n"
+          "recipe: {epochs: 7, batch: 8, lr: 0.5}\nprotocol: {max_steps: 8}\n")  # fmt: skip
     write("tune/mine_strict", "# @package _global_\nrecipe: {batch: 9, epochs: 8}\nprotocol: {max_steps: 7}\n")
     return [str(tmp_path / "mine")]
 

@@ -195,6 +195,7 @@ class FakeRun:
 
     def log(self, row):
         if self.fake.fail_at == len(self.rows):
+            self.fake.fail_at = None  # once
             raise ConnectionError("the service is\ngone")
         self.rows.append(row)
 
@@ -371,15 +372,16 @@ def test_its_thread_ends(fake, tmp_path):
 
 def test_rows_and_config_are_copied_when_they_are_given(fake, tmp_path):
     fake.pause.clear()
-    sink, new, row = Wandb(), record(), {"a": 1}
+    sink, new, row, data = Wandb(), record(), {"a": 1}, [[1]]
+    fake.Table = lambda names, data, **_: (names, data)
     sink.start(new, tmp_path)
     sink.log(row, 0)
-    row["a"] = new["config"] = 2
-    CONFIG_COPY = json.loads(json.dumps(CONFIG))
+    sink.table("t", ["x"], data)
+    row["a"] = data[0][0] = new["config"]["seed"] = 99
     fake.pause.set()
     sink.finish()
-    assert fake.runs[0].rows[0]["a"] == 1
-    assert fake.runs[0].identity["config"] == CONFIG_COPY
+    assert fake.runs[0].rows == [{"step": 0, "a": 1}, {"t": (["x"], [[1]])}]
+    assert fake.runs[0].identity["config"] == CONFIG
 
 
 def test_values_are_flat_slashed_and_plain(fake, tmp_path):

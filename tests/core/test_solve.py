@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import BATCH, PER_SAMPLE, Watched, affine, close, contraction, f64, random, tanh_map
 
-from implicit_bench.core import EndTime, FixedPoint, FixedSteps, Residual, Status, relative_residual, solve
+from implicit_bench.core import EndTime, FixedPoint, FixedSteps, Residual, State, Status, relative_residual, solve
 from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
 
 RATES = (0.1, 0.5, -0.7, 0.9)
@@ -181,6 +181,32 @@ def test_divergence_is_never_called_convergence(reduce, norm, rate):
               reduce=reduce)  # fmt: skip
     assert s.status.tolist() == [Status.NONFINITE] * 2
     assert bool(s.value.isfinite().all())
+    assert bool(s.field.isfinite().all())
+
+
+class Euler:
+    """A solver that takes what it gets: steps of a quarter, NaN or not."""
+
+    def init(self, F, z0, t1, reduce):
+        t = z0.new_zeros(len(z0))
+        return State(z0, F(z0, t), t)
+
+    def step(self, F, state, reduce):
+        z, t = state.z + 0.25 * state.F, state.t + 0.25
+        return State(z, F(z, t), t)
+
+
+def test_a_nan_on_the_way_to_an_end_time_ends_its_row():
+    """An end time looks at the clock alone, so it is the loop that must stop the row."""
+    until = f64([[9.0], [0.6]])
+
+    def F(z, t):
+        return torch.where(t[:, None] > until, torch.nan, torch.ones_like(z))
+
+    s = solve(F, f64([[0.0], [0.0]]), solver=Euler(), stop=EndTime(2.0), reduce=PER_SAMPLE)
+    assert s.status.tolist() == [Status.REACHED_END, Status.NONFINITE]
+    assert s.value.tolist() == [[2.0], [0.5]]
+    assert (s.stats.steps.tolist(), s.stats.nfe.tolist(), s.stats.calls) == ([8, 3], [9, 4], 9)
 
 
 def test_a_start_with_nan_ends_at_once():
