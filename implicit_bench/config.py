@@ -114,6 +114,7 @@ def _compose(command: str, overrides: Sequence[str]) -> Composed:
     from hydra.errors import HydraException
     from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     words = parse(overrides)
     for o in words:
@@ -122,6 +123,8 @@ def _compose(command: str, overrides: Sequence[str]) -> Composed:
         cfg = hydra.compose(command, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_explain(command, words, error)) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"a file of --config-dir is no YAML: {' '.join(str(error).split())}") from None
     choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if not k.startswith("hydra/") and v is not None}
     with open_dict(cfg):
         del cfg["hydra"]

@@ -168,7 +168,7 @@ class Wandb:
         reason, state = "", "offline"
         if mode not in ("offline", "dryrun"):
             try:
-                wandb.setup(wandb.Settings(silent=True, quiet=True))
+                wandb.setup(wandb.Settings(mode="online", silent=True, quiet=True))
                 if wandb.login(prompt=False):
                     self._run, state = wandb.init(mode="online", settings=settings, **identity), "online"
                 else:
@@ -177,6 +177,7 @@ class Wandb:
                 reason = f" ({_line(error)})"
                 wandb.teardown(1)  # else its service holds on to the id of the run that could not go online
         if self._run is None:
+            wandb.setup(wandb.Settings(mode="offline", silent=True, quiet=True))  # without: telemetry, even offline
             self._run = wandb.init(mode="offline", settings=settings, **identity)
         atexit.register(self._drain)
         self._run.define_metric("*", step_metric="step")

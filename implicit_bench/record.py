@@ -34,6 +34,7 @@ class Metric(NamedTuple):
 
 METRICS = (
     Metric("metrics.train_loss", "nats", "lower", "Mean task loss of the last training epoch, penalties left out."),
+    Metric("metrics.train_acc", "share", "higher", "Accuracy over the last training epoch, as its weights were then."),
     Metric("metrics.val_acc", "share", "higher", "Accuracy on the validation split at the best epoch."),
     Metric("metrics.val_loss", "nats", "lower", "Task loss on the validation split at the best epoch."),
     Metric("metrics.test_acc", "share", "higher", "Accuracy on the test split, which is touched once."),

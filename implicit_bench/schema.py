@@ -54,8 +54,8 @@ def check(config: dict[str, Any]) -> None:
             raise UsageError(no_key(key, [*PLAIN, *GROUPS]))
         hint, least = PLAIN[key]
         _check_type(key, value, hint)
-        if hint in (int, float) and value < least:
-            raise UsageError(f"{key}={value} must be at least {least}")
+        if hint in (int, float) and not least <= value < 2**63:
+            raise UsageError(f"{key}={value} {f'must be at least {least}' if value < least else 'is too large'}")
         allow = value if key == "allow_targets" else allow
     for path, node in _components(config):
         _check_component(node, path, allow)

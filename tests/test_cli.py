@@ -119,7 +119,7 @@ def test_examples_compose_and_build(line):
 def test_keys_and_defaults_in_the_help_are_true(name, text):
     keys = text[text.rindex("keys (default)") + len("keys (default)") :].partition("\nleaves")[0]
     told = re.findall(r"(\w+(?:\.\w+)?)(?:=([\w|]+))? \(([^),]+)[^)]*\)", keys)
-    assert len(told) == {USAGE: 14, HELP["train"]: 12, HELP["bench"]: 2}[text]
+    assert len(told) == {USAGE: 14, HELP["train"]: 13, HELP["bench"]: 2}[text]
     job = config.compose(name, ["model=cdeq"])  # has every key that is named
     for key, values, default in told:
         if key in job.choices:
@@ -288,7 +288,7 @@ def test_an_interrupt_stops_the_whole_sweep(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(sign, tmp_path, capsys):
-    words = ["train", "model=deq", *jobs.words(tmp_path, "recipe.max_steps=250", "progress.log_steps=1")]
+    words = ["train", "model=deq", *jobs.words(tmp_path, "recipe.max_steps=150", "progress.log_steps=1")]
     process = command(*words, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not any(rows.stat().st_size for rows in tmp_path.glob("runs/*/metrics.jsonl")):
@@ -300,15 +300,15 @@ def test_a_signal_saves_and_the_same_command_goes_on(sign, tmp_path, capsys):
     assert process.returncode == 130
     ((name, rec),) = records(tmp_path).items()
     assert (rec["status"], rec["error"]) == ("interrupted", None)
-    assert 0 < rec["steps"] < 250
+    assert 0 < rec["steps"] < 150
     assert f"train   interrupted at step {rec['steps']:,} and saved; the same command continues it\n" in err
     assert "Traceback" not in err
     assert "\033" not in out + err
     assert main(words) == 0
     ((again, done),) = records(tmp_path).items()
-    assert (again, done["status"], done["steps"]) == (name, "done", 250)
+    assert (again, done["status"], done["steps"]) == (name, "done", 150)
     assert [r["step"] for r in done["resumed_from"]] == [rec["steps"]]
-    assert f"note    continuing at step {rec['steps']:,} of 250\n" in capsys.readouterr().err
+    assert f"note    continuing at step {rec['steps']:,} of 150\n" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_left_alone_and_a_forced_one_is_another_attempt(tmp_path, capsys):

@@ -345,6 +345,7 @@ WRONG = {
     "stop.tol=-1": "stop.tol=-1 must be positive, such as 1e-2",
     "recipe.epochs=0": "recipe.epochs=0 must be positive",
     "seed=-1": "seed=-1 must be at least 0",
+    f"seed={10**20}": f"seed={10**20} is too large",
     "progress.log_steps=0": "progress.log_steps=0 must be at least 1",
     "gpu.threads=0": "gpu.threads=0 must be at least 1",
     "stop.tol=${protocol.tool}": "cannot resolve the configuration: Interpolation key 'protocol.tool' not found",
@@ -490,15 +491,19 @@ def test_it_has_to_be_allowed_and_a_class_and_given_what_it_wants(ours, capsys):
     assert refused("allow_targets=[my_solvers]", "+solver.damping=x").endswith("it wants a number\n")
 
 
-def test_a_group_of_ones_own_without_a_class_is_refused(tmp_path, capsys):
+def test_a_file_of_ones_own_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "solver").mkdir()
     (tmp_path / "solver" / "none.yaml").write_text("damping: 1\n")
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\nrecip: {epochs: 3}\n")
+    (tmp_path / "solver" / "broken.yaml").write_text("damping: [1,\nb: 2")
     for words, sentence in (("solver=none", "solver has no _target_, the class to make it from"),
+                            ("solver=broken", "a file of --config-dir is no YAML: while parsing a flow sequence in"),
                             ("experiment=typo", "no key 'recip.epochs'; nearest: recipe")):  # fmt: skip
         assert main(["train", "--config-dir", str(tmp_path), words]) == 2
-        assert capsys.readouterr().err.startswith(f"implicit-bench: {sentence}")
+        err = capsys.readouterr().err
+        assert err.startswith(f"implicit-bench: {sentence}")
+        assert err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------- two steps

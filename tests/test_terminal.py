@@ -8,8 +8,8 @@ from implicit_bench.terminal import Bar, duration, number, say, share
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (float("nan"), "–"), (0, "0.00"), (5.3, "5.30"), (123.4, "123"), (0.0073, "0.00730"), (7.3e-4, "7e-4"),
-     (2.5e6, "2e6"), (1500, "1500"), (12345.6, "12346")],
+    [(None, "–"), (float("nan"), "–"), (0, "0.00"), (5.3, "5.30"), (123.4, "123"), (0.0073, "0.00730"),
+     (7.3e-4, "7e-4"),     (2.5e6, "2e6"), (1500, "1500"), (12345.6, "12346")],
 )  # fmt: skip
 def test_numbers(value, text):
     assert number(value) == text

@@ -58,7 +58,7 @@ class EndTime:
         self.t1, self.max_steps, self.per_sample = float(t1), max_steps, per_sample
 
     def open(self, state: State, k: int, reduce: Reduce) -> Tensor:
-        return state.t < self.t1
+        return reduce.whole(state.finite()) & (state.t < self.t1)
 
     def verdict(self, state: State, reduce: Reduce) -> Tensor:
         return torch.where(state.t < self.t1, int(Status.MAX_STEPS), int(Status.REACHED_END))

@@ -45,13 +45,21 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
     model_name, dataset = cfg["model"]["name"], job.choices["dataset"]
     runs = Path(cfg["paths"]["runs"])
     folder = record.lookup(runs, run_id) or runs / record.folder_name(model_name, dataset, cfg["seed"], run_id)
-    before = record.read_record(folder) if (folder / "record.json").exists() else None
-    if before and before["status"] == "done" and not cfg["force"]:
-        say("train", f"{folder.name} is done: test accuracy {share(before['metrics']['test_acc'])}; "
-            "force=true trains it again")  # fmt: skip
-        return Outcome(0, folder, before)
+    if done := _finished(folder, cfg["force"]):
+        return done
     with RunLock(folder):
-        return _train(job, cfg, device, folder, before, words, began)
+        before = record.read_record(folder) if (folder / "record.json").exists() else None
+        return _finished(folder, cfg["force"]) or _train(job, cfg, device, folder, before, words, began)
+
+
+def _finished(folder: Path, force: bool) -> Outcome | None:
+    """Asked before the lock, for a look changes nothing, and under it, since another process may just have ended."""
+    before = record.read_record(folder) if (folder / "record.json").exists() else None
+    if before is None or before["status"] != "done" or force:
+        return None
+    accuracy = share(before["metrics"]["test_acc"])
+    say("train", f"{folder.name} is done: test accuracy {accuracy}; force=true trains it again")
+    return Outcome(0, folder, before)
 
 
 def _train(job: config.Composed, cfg: dict[str, Any], device: Device, folder: Path, before: dict[str, Any] | None,

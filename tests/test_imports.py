@@ -1,0 +1,160 @@
+"""The layout of design.md: which part may import which, who may import what from outside, how long a file may be."""
+
+import ast
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "implicit_bench"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Imports point down this list. A part may import what is named beside it, itself, and nothing else of ours.
+WORLD = {"clock", "config", "data", "device", "lock", "log", "record", "terminal"}
+OURS = {
+    "core": set(),
+    "solvers": {"core"},
+    "adjoints": {"core"},
+    "models": {"core", "solvers", "adjoints"},
+    "clock": set(),
+    "device": {"clock"},
+    "data": set(),
+    "lock": set(),
+    "record": set(),
+    "log": {"record"},
+    "report": {"record"},
+    "schema": set(),
+    "config": {"schema", "models"},
+    "terminal": set(),
+    "train": {"core", "adjoints", "models", *WORLD},
+    "bench": {"core", "train", "report", *WORLD},
+    "cli": {"__init__", "config", "schema", "data", "terminal", "train", "bench"},
+    "__main__": {"cli"},
+    "__init__": {"core", "models"},
+}
+THEIRS = {
+    "core": {"torch"},
+    "solvers": {"torch", "torchdiffeq"},
+    "adjoints": {"torch"},
+    "models": {"torch"},
+    "clock": {"torch"},
+    "device": {"torch"},
+    "data": {"torch", "numpy", "PIL", "torchvision"},
+    "log": {"wandb"},
+    "report": {"matplotlib"},
+    "schema": {"torch"},
+    "config": {"hydra", "omegaconf", "torch", "yaml"},
+    "terminal": {"rich"},
+    "train": {"torch"},
+    "bench": {"torch"},
+    "cli": {"hydra"},
+}
+
+
+class Import(NamedTuple):
+    file: str  # as models/layer.py
+    part: str  # the part that the file belongs to
+    line: int
+    ours: bool
+    name: str  # the part of ours, or the package
+    inside: bool  # a function, so that it costs nothing until then
+
+
+def imports_of(path, package=PACKAGE):
+    file = path.relative_to(package)
+    parts = file.parts[:-1]
+
+    def walk(node, inside):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                names = [(0, alias.name) for alias in child.names]
+            elif isinstance(child, ast.ImportFrom):
+                names = [(child.level, child.module)] if child.module else [(child.level, a.name) for a in child.names]
+            else:
+                yield from walk(child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+                continue
+            for level, name in names:
+                full = [*parts[: len(parts) - level + 1], *name.split(".")] if level else name.split(".")
+                ours = level > 0 or full[0] == package.name
+                first = full[1:] if ours and not level else full
+                head = (first or ["__init__"])[0]
+                if ours and level and not (package / head).exists() and not (package / f"{head}.py").exists():
+                    head = "__init__"  # a name of the package itself
+                yield Import(file.as_posix(), file.parts[0].removesuffix(".py"), child.lineno, ours, head, inside)
+
+    return list(walk(ast.parse(path.read_text()), False))
+
+
+IMPORTS = [found for path in FILES for found in imports_of(path)]
+
+
+def test_the_reader_of_imports_sees_every_form(tmp_path):
+    package = tmp_path / "p"
+    (package / "a").mkdir(parents=True)
+    (package / "b.py").touch()
+    (package / "a" / "x.py").write_text(
+        "import torch.nn as nn, os\nfrom ..b import c\nfrom .. import b\nfrom . import y\nfrom .y import z\n"
+        "import p.b\nfrom p.b import c\nfrom .. import __version__\n"
+        "class C:\n    def f(self):\n        from numpy import array\n"
+    )
+    found = [(i.ours, i.name, i.inside) for i in imports_of(package / "a" / "x.py", package)]
+    assert found == [(False, "torch", False), (False, "os", False), (True, "b", False), (True, "b", False),
+                     (True, "a", False), (True, "a", False), (True, "b", False), (True, "b", False),
+                     (True, "__init__", False), (False, "numpy", True)]  # fmt: skip
+
+
+def test_every_part_has_its_place():
+    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} == set(OURS)
+    assert len(IMPORTS) > 200
+
+
+def test_imports_of_our_own_point_one_way():
+    wrong = [f"{i.file}:{i.line} imports {i.name}" for i in IMPORTS if i.ours and i.name not in {i.part, *OURS[i.part]}]
+    assert not wrong
+    order: list[str] = []
+    left = dict(OURS)
+    while left:  # no circle: something is always free of what is left
+        free = [part for part, needs in left.items() if not needs & left.keys()]
+        assert free, left
+        order += free
+        for part in free:
+            del left[part]
+    ranks = [order.index(part) for part in ("core", "adjoints", "models", "train", "bench", "cli")]
+    assert ranks == sorted(ranks)
+
+
+def test_imports_from_outside_are_those_of_the_design():
+    outside = [i for i in IMPORTS if not i.ours and i.name not in sys.stdlib_module_names]
+    wrong = [f"{i.file}:{i.line} imports {i.name}" for i in outside if i.name not in THEIRS.get(i.part, set())]
+    assert not wrong
+    by_name = {name: {i.part for i in outside if i.name == name} for name in ("hydra", "omegaconf", "wandb")}
+    assert by_name == {"hydra": {"cli", "config"}, "omegaconf": {"config"}, "wandb": {"log"}}
+    assert "record" not in THEIRS  # standard library only
+    assert "lock" not in THEIRS
+
+
+def test_what_is_slow_to_import_is_imported_where_it_is_used():
+    lazy = {"torchvision", "wandb", "hydra", "omegaconf", "matplotlib", "rich", "torchdiffeq", "PIL"}
+    wrong = [f"{i.file}:{i.line} imports {i.name}" for i in IMPORTS if not i.ours and i.name in lazy and not i.inside]
+    assert not wrong
+    light = {"cli", "config", "schema", "terminal", "__init__", "__main__", "record", "lock", "log"}
+    heavy = {"torch", "core", "models", "train", "bench", "data", "device", "clock"}
+    wrong = [
+        f"{i.file}:{i.line} imports {i.name}" for i in IMPORTS if i.part in light and i.name in heavy and not i.inside
+    ]
+    assert not wrong
+
+
+def length(path):
+    return len(path.read_text().splitlines())
+
+
+def test_core_stays_under_500_lines():
+    assert sum(length(path) for path in (PACKAGE / "core").glob("*.py")) < 500
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_a_file_stays_under_350_lines(path):
+    most = {"clock.py": 400}  # its half is docstrings about what may be believed of a time
+    assert length(path) <= most.get(path.relative_to(PACKAGE).as_posix(), 350)
