@@ -63,16 +63,16 @@ keys (default): recipe.epochs (20) recipe.batch (32) recipe.lr (0.001) recipe.cl
 
 leaves  runs/MODEL-DATASET-sSEED-ID/   record.json, metrics.jsonl, config.yaml, last.pt, wandb/
 exit    0 done or already done · 1 failed · 2 usage · 3 some runs of a sweep failed · 130 interrupted
-flags   --cfg job prints the configuration · --config-dir DIR adds your own · -m sweeps · --hydra-help for the rest
+flags   --cfg job prints the configuration · --info defaults: its sources · --config-dir DIR adds your own · -m sweeps
 """,
     "bench": f"""{PROG} bench: time models against each other, interleaved in one process
 
-usage: {PROG} bench model=A,B[,C] [key=value ...]        any keys may list values; each combination is a row
+usage: {PROG} bench model=A,B[,C] [key=value ...]        keys may list values; each combination is a row
 
-Every row trains on the same batches from the same seed. Rounds of training steps and predictions alternate between the
-rows, so that the machine's drift hits all of them. A ratio is the ratio of medians over paired rounds, first row over
-each other row, with a moving-block bootstrap 95 % interval; "no difference" where it contains 1. The `why` line says
-how many calls of f and vector-Jacobian products make the difference, at the price of one of each measured alone.
+Rows share data set, seed, batches and gpu. Rounds of training steps and predictions alternate between the rows, so that
+the machine's drift hits all of them. A ratio is of medians over paired rounds, for the pairs that the papers speak of
+and for the first row over each row left, with a moving-block bootstrap 95 % interval; "no difference" where it contains
+1. The `why` line: how many calls of f and vector-Jacobian products make it, each at its own price.
 
 examples
   {PROG} bench model=neural_ode,cdeq,skip_cdeq
@@ -124,8 +124,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in rest):
         print(HELP[name], end="")
         return 0
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a user's own modules; console scripts leave the working directory out
     return _guarded(lambda: COMMANDS[name](rest))
 
 
@@ -134,6 +132,8 @@ def _guarded(run: Callable[[], int]) -> int:
     from .schema import UsageError
 
     try:
+        if os.getcwd() not in sys.path:  # a user's own modules; console scripts and launchers' workers leave it out
+            sys.path.append(os.getcwd())
         code = run()
         sys.stdout.flush()
         return code

@@ -66,7 +66,9 @@ def test_the_module_and_the_console_script_are_the_same_command(tmp_path):
     assert subprocess.run([script], capture_output=True, text=True, cwd=tmp_path, check=True).stdout == USAGE
     out, err = command(cwd=tmp_path).communicate()
     assert (out, err) == (USAGE, "")
-    assert command("train", "model=dq", cwd=tmp_path).wait() == 2
+    wrong = command("trian", cwd=tmp_path)
+    assert wrong.communicate() == ("", "implicit-bench: no command 'trian'; nearest: train\n")
+    assert wrong.returncode == 2
 
 
 def test_version(capsys):
@@ -191,10 +193,10 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
-    process = command("list", cwd=tmp_path)
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() == 0
+    with command("list", cwd=tmp_path) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_cfg_prints_the_composed_configuration_and_runs_nothing(tmp_path, monkeypatch, capsys):
@@ -213,6 +215,8 @@ def test_cfg_prints_the_composed_configuration_and_runs_nothing(tmp_path, monkey
     assert set(yaml.safe_load(capsys.readouterr().out)) == {"dataset", "paths"}
     assert main(["train", "--info", "searchpath", "--config-dir", str(CONFIGS / "model")]) == 0
     assert f"file://{CONFIGS / 'model'}" in capsys.readouterr().out
+    assert main(["train", "--info", "defaults", "model=cdeq"]) == 0
+    assert "| solver/tsit5 " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     assert "HYDRA_FULL_ERROR" not in os.environ
 
@@ -418,6 +422,7 @@ def test_bench_leaves_all_it_promises_and_keeps_every_attempt(tmp_path, capsys):
     kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert main(words) == 0
     assert read_record(folder)["attempt"] == 2
-    for file in ("record.json", "table.md", "speedup.svg", "metrics.jsonl"):
+    promised = re.search(r"^leaves +runs/bench-DATASET-ID/ +(.*), wandb/ ;", HELP["bench"], re.M)[1].split(", ")
+    for file in (*promised, "metrics.jsonl"):
         assert (folder / f"attempt-1.{file}").read_bytes() == kept[file]
         assert (folder / file).exists()
