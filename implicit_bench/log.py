@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from .record import METRICS, slashed
 
@@ -52,9 +52,9 @@ class Wandb:
     Nothing about machine, code or environment is sent; our record holds what matters.
     """
 
-    def __init__(self, mode: str = "auto", project: str = "implicit-bench", entity: str | None = None,
-                 group: str | None = None, init_timeout: float = 10, finish_timeout: float = 60,
-                 system_metrics: bool = False):  # fmt: skip
+    def __init__(self, mode: Literal["auto", "online", "offline"] = "auto", project: str = "implicit-bench",
+                 entity: str | None = None, group: str | None = None, init_timeout: float = 10,
+                 finish_timeout: float = 60, system_metrics: bool = False):  # fmt: skip
         if mode not in ("auto", "online", "offline"):
             raise ValueError(f"logger.mode is auto, online or offline, not {mode!r}; logger=none is for no W&B")
         self.mode, self.project, self.entity, self.group = mode, project, entity, group

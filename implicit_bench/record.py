@@ -18,7 +18,8 @@ SCHEMA_VERSION = 1
 NUMERICS = 1  # raise by hand when a change alters the numbers that a config gives; every run id changes with it
 STATUSES = ("running", "done", "failed", "interrupted")
 # Top-level config keys that say nothing about the result: labels (resolved into the rest), where to write, how to load.
-LABELS = {"model", "experiment", "protocol", "length", "logger", "paths", "force", "hydra", "progress", "loader"}
+LABELS = {"model", "experiment", "protocol", "length", "logger", "paths", "force", "hydra", "progress", "loader",
+          "allow_targets"}
 
 
 class RecordError(ValueError):
@@ -35,8 +36,8 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("metrics.train_loss", "nats", "lower", "Mean task loss of the last training epoch, penalties left out."),
     Metric("metrics.train_acc", "share", "higher", "Accuracy over the last training epoch, as its weights were then."),
-    Metric("metrics.val_acc", "share", "higher", "Accuracy on the validation split at the best epoch."),
-    Metric("metrics.val_loss", "nats", "lower", "Task loss on the validation split at the best epoch."),
+    Metric("metrics.val_acc", "share", "higher", "Accuracy on the validation split after the last epoch."),
+    Metric("metrics.val_loss", "nats", "lower", "Task loss on the validation split after the last epoch."),
     Metric("metrics.test_acc", "share", "higher", "Accuracy on the test split, which is touched once."),
     Metric("metrics.test_loss", "nats", "lower", "Task loss on the test split."),
     Metric("metrics.start_acc", "share", "higher", "Test accuracy of the head on z0 alone, no solver step taken."),

@@ -342,7 +342,7 @@ WRONG = {
     "paths.runs=null": "paths.runs=null is not possible; it wants text",
     "allow_targets=os": "allow_targets='os' is not possible; it wants a list in brackets, each text",
     # values
-    "stop.tol=-1": "stop.tol=-1 must be positive, such as 1e-2",
+    "stop.tol=-1": "stop.tol=-1 must be positive and finite, such as 1e-2",
     "recipe.epochs=0": "recipe.epochs=0 must be positive",
     "seed=-1": "seed=-1 must be at least 0",
     f"seed={10**20}": f"seed={10**20} is too large",

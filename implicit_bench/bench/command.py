@@ -66,7 +66,9 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
         try:
             return _run(rows, rec, folder, sink, rounds, budget, began)
         except BaseException as error:
-            rec["status"], rec["error"] = "failed", f"{type(error).__name__}: {error}"
+            stopped = isinstance(error, KeyboardInterrupt)  # before the first round
+            rec["status"] = "interrupted" if stopped else "failed"
+            rec["error"] = None if stopped else f"{type(error).__name__}: {error}"
             record.write_record(folder, rec)
             sink.finish(1)
             raise
@@ -79,8 +81,9 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     unsettled = [row.label for row in rows if row.warm and not row.warm.settled]
     k = steps_a_round(step_ms)
     expected = budget or (rounds or 0) * k * sum(step_ms) * 1.5e-3
-    say("plan", f"{len(rows)} rows × {f'{rounds} rounds' if budget is None else duration(budget)} of {k} steps, about "
-        f"{duration(expected)}; Ctrl-C prints what there is", err=True)  # fmt: skip
+    how_long = f"{rounds} rounds" if budget is None else duration(budget)
+    plan = f"{len(rows)} rows × {how_long} of {_steps(k)}, about {duration(expected)}; Ctrl-C prints what there is"
+    say("plan", plan, err=True)
     units = [row.unit_costs() for row in rows]
     jsonl = record.Jsonl(folder / "metrics.jsonl")
     bar = Bar(rounds or 0, "rounds")
@@ -116,7 +119,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
         sink.image("speedup", folder / "speedup.svg")
     sink.table("rows", *table)
     sink.summary({f"ratio.{c.measure}.{c.slower.label}_over_{c.faster.label}": c.ratio.value for c in found})
-    code = 1 if samples.failed else 0
+    code = 130 if samples.interrupted else 1 if samples.failed else 0
     rec["status"] = "interrupted" if samples.interrupted else "failed" if samples.failed else "done"
     rec["error"] = "; ".join(f"{k}: {v}" for k, v in samples.failed.items()) or None
     rec["timing"]["total_s"] = time.perf_counter() - began
@@ -125,6 +128,10 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     sink.finish(code)
     say("wrote", f"{folder}/   record.json · table.md · speedup.svg")
     return code
+
+
+def _steps(k: int) -> str:
+    return f"{k} step{'s' * (k != 1)}"
 
 
 def _set_aside(folder: Path) -> int:
@@ -176,7 +183,7 @@ def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparis
            rec: dict[str, Any], unsettled: Sequence[str], k: int) -> None:  # fmt: skip
     env = rec["environment"]
     shared = "same data, batch and threads, interleaved"
-    say("bench", f"{' · '.join(row.label for row in rows)}: {shared}, {samples.rounds} rounds of {k} steps, "
+    say("bench", f"{' · '.join(row.label for row in rows)}: {shared}, {samples.rounds} rounds of {_steps(k)}, "
         f"{duration(samples.seconds)}")  # fmt: skip
     quiet = {True: "nothing else running", False: "NOT alone on the machine", None: "load unknown"}[env["alone"]]
     threads = f"{rows[0].device.threads} thread{'s' * (rows[0].device.threads > 1)}"

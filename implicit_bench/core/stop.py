@@ -23,8 +23,8 @@ class Residual:
 
     def __init__(self, tol: float = 1e-2, norm: Literal["rel", "abs"] = "rel", max_steps: int = 50,
                  per_sample: bool | Literal["auto"] = "auto"):  # fmt: skip
-        if not tol > 0:
-            raise ValueError(f"stop.tol={tol} must be positive, such as 1e-2")
+        if not 0 < tol < math.inf:
+            raise ValueError(f"stop.tol={tol} must be positive and finite, such as 1e-2")
         if norm not in ("rel", "abs"):
             raise ValueError(f"stop.norm={norm!r} must be rel or abs")
         if max_steps < 1:

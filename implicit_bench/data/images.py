@@ -84,20 +84,20 @@ class ImageData:
         for field in ("val_size", "pad", "val_seed"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{field} must be a whole number from 0 on, not {value!r}")
+                raise ValueError(f"dataset.{field} must be a whole number from 0 on, not {value!r}")
         if self.val_size >= known.n_train:
-            raise ValueError(f"val_size is {self.val_size:,}, but {self.name} has {known.n_train:,} training images")
+            raise ValueError(f"dataset.val_size={self.val_size}, but {self.name} has {known.n_train:,} training images")
         if not isinstance(self.flip, (int, float)) or not 0 <= self.flip <= 1:
-            raise ValueError(f"flip must be a probability, not {self.flip!r}")
+            raise ValueError(f"dataset.flip must be a probability, not {self.flip!r}")
         for field in ("mean", "std"):
             values = getattr(self, field)
             if not isinstance(values, Sequence) or len(values) != known.shape[0] or isinstance(values, str):
                 raise ValueError(
-                    f"{field} of {self.name} must be a list, a number for each of {known.shape[0]} channels"
+                    f"dataset.{field} of {self.name} must be a list, a number for each of {known.shape[0]} channels"
                 )
             setattr(self, field, tuple(float(value) for value in values))
         if not all(value > 0 for value in self.std):
-            raise ValueError(f"std must be positive, not {list(self.std)}")
+            raise ValueError(f"dataset.std must be positive, not {list(self.std)}")
 
     @property
     def classes(self) -> int:

@@ -43,7 +43,7 @@ def fetch(name: str, root: Path | str, report: Report) -> None:
     except DataMissing:
         root.mkdir(parents=True, exist_ok=True)
         paths = _fetch_missing(name, root, report)
-    report(f"{name}: {len(paths)} files in {paths[0].parent}, every hash as it should be")
+    report(f"{name}: {len(paths)} file{'s' * (len(paths) != 1)} in {paths[0].parent}, every hash as it should be")
 
 
 def _fetch_missing(name: str, root: Path, report: Report) -> list[Path]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -38,18 +41,29 @@ def note(text: str) -> None:
 def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
     """Train one job, or continue it, or say that it is done. Raises UsageError, RunLocked, RecordError, DataError."""
     began = time.perf_counter()
-    cfg = job.config
-    device: Device = config.make(cfg["gpu"], "gpu")
-    cfg = {**cfg, "gpu": device.settings()}
+    device: Device = config.make(job.config["gpu"], "gpu")
+    cfg = {**job.config, "gpu": device.settings()}
     run_id = record.run_id(cfg)
-    model_name, dataset = cfg["model"]["name"], job.choices["dataset"]
     runs = Path(cfg["paths"]["runs"])
-    folder = record.lookup(runs, run_id) or runs / record.folder_name(model_name, dataset, cfg["seed"], run_id)
+    name = record.folder_name(cfg["model"]["name"], job.choices["dataset"], cfg["seed"], run_id)
+    folder = record.lookup(runs, run_id) or runs / name
     if done := _finished(folder, cfg["force"]):
         return done
-    with RunLock(folder):
-        before = record.read_record(folder) if (folder / "record.json").exists() else None
-        return _finished(folder, cfg["force"]) or _train(job, cfg, device, folder, before, words, began)
+    environment = device.environment()
+    parts = config.build(cfg)  # what cannot work is said before anything is written
+    sink: Sink = config.make(cfg["logger"], "logger")
+    data = parts.dataset.load(Path(cfg["paths"]["data"]), device.torch, fetch=lambda line: say("data", line))
+    try:
+        parts.recipe.total_steps(len(data.train))
+    except ValueError as mistake:
+        raise config.UsageError(str(mistake)) from None
+    with RunLock(folder), _sigterm_as_ctrl_c():
+        if done := _finished(folder, cfg["force"]):
+            return done
+        rec = _begin(job, cfg, folder)
+        rec["environment"] = environment
+        _header(job, folder, rec, parts.model.parameter_counts(), words)
+        return _train(parts, data, device, folder, rec, sink, began)
 
 
 def _finished(folder: Path, force: bool) -> Outcome | None:
@@ -62,23 +76,39 @@ def _finished(folder: Path, force: bool) -> Outcome | None:
     return Outcome(0, folder, before)
 
 
-def _train(job: config.Composed, cfg: dict[str, Any], device: Device, folder: Path, before: dict[str, Any] | None,
-           words: Sequence[str], began: float) -> Outcome:  # fmt: skip
-    attempt = before["attempt"] if before else 1
-    if before and before["status"] == "done":
-        attempt += 1
-        _set_aside(folder, before["attempt"])
-    rec = record.new_record("train", cfg, attempt=attempt, experiment=job.choices.get("experiment"),
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Outside the loop, which finishes its step, SIGTERM ends a run as Ctrl-C does: with a record that says so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _begin(job: config.Composed, cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A new record, which takes up that of an unfinished run and sets that of a finished one aside."""
+    rec = record.new_record("train", cfg, experiment=job.choices.get("experiment"),
                             protocol=job.choices.get("protocol"), length=job.choices.get("length"))  # fmt: skip
-    if before and before["status"] != "done":
-        rec["resumed_from"], rec["started_at"] = before["resumed_from"], before["started_at"]
-    sink: Sink = config.make(cfg["logger"], "logger")
-    code, error = 1, None
+    if not (folder / "record.json").exists():
+        return rec
+    before = record.read_record(folder)
+    if before["status"] == "done":
+        rec["attempt"] = before["attempt"] + 1
+        _set_aside(folder, before["attempt"])
+    else:
+        rec |= {key: before[key] for key in ("attempt", "resumed_from", "started_at")}
+    return rec
+
+
+def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: dict[str, Any], sink: Sink,
+           began: float) -> Outcome:  # fmt: skip
+    cfg, code, error = rec["config"], 1, None
     alone = clock.Alone()
     try:
-        rec["environment"] = device.environment()
-        parts = config.build(cfg)
-        data = parts.dataset.load(Path(cfg["paths"]["data"]), device.torch, fetch=lambda line: say("data", line))
         model = device.place(parts.model)
         if device.compile:
             model.layer.cell.compile()
@@ -86,9 +116,7 @@ def _train(job: config.Composed, cfg: dict[str, Any], device: Device, folder: Pa
         rec["params"] = {"total": sum(counts.values()), "by_part": counts}
         rec["data"] = {"name": data.name, "sha256": data.sha256, "n_train": len(data.train), "n_val": len(data.val),
                        "n_test": len(data.test)}  # fmt: skip
-        _header(job, folder, rec, words)
-        total = parts.recipe.total_steps(len(data.train))
-        step = Step(model, parts.penalties, parts.recipe, device, total)
+        step = Step(model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
         jsonl = record.Jsonl(folder / "metrics.jsonl")
         fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"])
         resumed = fit.resume(note)
@@ -96,7 +124,7 @@ def _train(job: config.Composed, cfg: dict[str, Any], device: Device, folder: Pa
             jsonl.truncate(0)
         else:
             rec["resumed_from"] = [*rec["resumed_from"], {"step": resumed, "at": rec["started_at"]}]
-            note(f"continuing at step {resumed:,} of {total:,}")
+            note(f"continuing at step {resumed:,} of {fit.total:,}")
         record.write_record(folder, rec)
         config.save(cfg, folder / "config.yaml")
         sink.start(rec, folder, resume=resumed is not None)
@@ -107,30 +135,23 @@ def _train(job: config.Composed, cfg: dict[str, Any], device: Device, folder: Pa
         _test(rec, model, data, parts.recipe.eval_batch, device)
         rec["flops"]["step"] = _flops(step, data, device)
         code = 0
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         code = 130
     except (NonFinite, CheckpointError) as problem:
         error = str(problem)
-    except (config.UsageError, record.RecordError, KeyboardInterrupt):
-        raise
     except Exception as problem:
-        if isinstance(problem, ValueError) and type(problem).__module__.startswith("implicit_bench"):
-            raise
-        error = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem).strip() else ''}"
-        folder.mkdir(parents=True, exist_ok=True)
+        error = f"{type(problem).__name__}: {next(iter(str(problem).strip().splitlines()), '')}"
         (folder / "error.txt").write_text(traceback.format_exc())
-    finally:
-        rec["status"] = {0: "done", 130: "interrupted"}.get(code, "failed")
-        rec["error"] = error
-        rec["environment"]["alone"] = alone.read()
-        rec["memory"]["peak_mib"] = clock.peak_memory_mib(device.torch)
-        rec["timing"]["total_s"] = time.perf_counter() - began
-        rec["finished_at"] = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        if rec["params"]["total"]:
-            record.write_record(folder, rec)
-        sink.summary(record.scalars(rec))
-        sink.finish(code)
-    _closing(code, error, folder, rec, sink)
+    rec["status"] = {0: "done", 130: "interrupted"}.get(code, "failed")
+    rec["error"] = error
+    rec["environment"]["alone"] = alone.read()
+    rec["memory"]["peak_mib"] = clock.peak_memory_mib(device.torch)
+    rec["timing"]["total_s"] = time.perf_counter() - began
+    rec["finished_at"] = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    record.write_record(folder, rec)
+    sink.summary(record.scalars(rec))
+    sink.finish(code)
+    _closing(code, error, folder, rec)
     return Outcome(code, folder, rec)
 
 
@@ -189,7 +210,8 @@ def _flops(step: Step, data: Data, device: Device) -> int:
     return counter.get_total_flops()
 
 
-def _header(job: config.Composed, folder: Path, rec: dict[str, Any], words: Sequence[str]) -> None:
+def _header(job: config.Composed, folder: Path, rec: dict[str, Any], counts: dict[str, int],
+            words: Sequence[str]) -> None:  # fmt: skip
     c = job.choices
     shown = [w for w in words if w.split("=")[0] not in ("model", "network", "dataset", "seed")]
     line = " ".join([f"model={c['model']}", *shown, f"network={c['network']}", f"dataset={c['dataset']}",
@@ -198,11 +220,11 @@ def _header(job: config.Composed, folder: Path, rec: dict[str, Any], words: Sequ
     until = {"residual": f"to residual {stop.get('tol')}", "end_time": f"to t = {stop.get('t1')}",
              "fixed_steps": f"{stop.get('steps')} applications"}.get(c["stop"], c["stop"])  # fmt: skip
     gradient = "ift (gmres)" if c["adjoint"] == "ift" else c["adjoint"]
-    how = f"z0 = {c['init']} → {c['solver']} {until} → gradient: {gradient} · {rec['params']['total']:,} parameters"
+    how = f"z0 = {c['init']} → {c['solver']} {until} → gradient: {gradient} · {sum(counts.values()):,} parameters"
     say("train", f"{line}      run {folder.name}\n{how}")
 
 
-def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any], sink: Sink) -> None:
+def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) -> None:
     if code == 0:
         test, metrics = rec["solve"]["test"], rec["metrics"]
         text = f"accuracy {share(metrics['test_acc'])} on {rec['data']['n_test']:,} unseen images"

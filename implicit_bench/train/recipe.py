@@ -40,6 +40,11 @@ class Recipe:
         for name in ("epochs", "batch", "eval_batch", "pretrain_depth", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name}={getattr(self, name)} must be positive")
+        for name in ("weight_decay", "momentum", "lr_min", "pretrain_steps", "gamma"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"recipe.{name}={getattr(self, name)} must not be negative")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError("recipe.nesterov=true needs recipe.optimizer=sgd and a positive recipe.momentum")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"recipe.clip={self.clip} must be positive, or null for none")
         if self.max_steps is not None and self.max_steps < 1:

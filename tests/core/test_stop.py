@@ -6,7 +6,7 @@ from implicit_bench.core import EndTime, FixedSteps, Residual
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Residual(tol=0), "stop.tol=0 must be positive, such as 1e-2"),
+        (lambda: Residual(tol=0), "stop.tol=0 must be positive and finite, such as 1e-2"),
         (lambda: Residual(tol=float("nan")), "stop.tol=nan must be positive"),
         (lambda: Residual(max_steps=0), "stop.max_steps=0 must be at least 1"),
         (lambda: Residual(norm="relative"), "stop.norm='relative' must be rel or abs"),

@@ -1,4 +1,4 @@
-"""The real data sets, where they have been fetched (into data/, or the folder IMPLICIT_BENCH_TEST_DATA)."""
+"""The real data sets, fetched if need be into data/ or IMPLICIT_BENCH_TEST_DATA: `pytest -m network` asks for them."""
 
 import os
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from implicit_bench.data import KNOWN, ImageData, describe
+from implicit_bench.data import KNOWN, ImageData
 
 ROOT = Path(os.environ.get("IMPLICIT_BENCH_TEST_DATA", Path(__file__).parents[2] / "data"))
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     ("name", "sha256", "test_counts"),
     [
@@ -20,10 +21,8 @@ ROOT = Path(os.environ.get("IMPLICIT_BENCH_TEST_DATA", Path(__file__).parents[2]
     ],
 )
 def test_content(name, sha256, test_counts):
-    if describe(name, ROOT)["state"] != "present":
-        pytest.skip(f"{name} is not in {ROOT}")
     channels = KNOWN[name].shape[0]
-    data = ImageData(name, 5000, [0.5] * channels, [0.25] * channels).load(ROOT)
+    data = ImageData(name, 5000, [0.5] * channels, [0.25] * channels).load(ROOT, fetch=print)
     assert data.sha256.startswith(sha256)
     assert data.test.y.bincount().tolist() == test_counts
     assert len(data.train) == KNOWN[name].n_train - 5000

@@ -8,7 +8,7 @@ import time
 import jobs
 import pytest
 
-from implicit_bench import record
+from implicit_bench import config, record
 from implicit_bench.lock import RunLock, RunLocked
 from implicit_bench.train import command, loop
 
@@ -174,3 +174,47 @@ def test_bfloat16_autocast_trains(tmp_path):
     done = jobs.run(tmp_path, "recipe.epochs=3", "gpu.dtype=bfloat16", "stop.tol=3e-2", "adjoint.rtol=3e-2")
     assert done.record["metrics"]["test_acc"] > 0.8
     assert done.record["solve"]["converged_fraction"] > 0.95
+
+
+def test_a_mistake_leaves_nothing_behind(tmp_path):
+    for words, sentence in (
+        (["recipe.batch=5000"], "recipe.batch=5000 is more than the 1257 training images"),
+        (["stop=end_time"], "finds roots and has no time"),
+        (["recipe.lr=-1"], "recipe.lr=-1"),
+    ):
+        with pytest.raises(config.UsageError, match=sentence):
+            jobs.run(tmp_path, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_final_test_is_recorded_and_the_run_continues(tmp_path, monkeypatch, number):
+    real = command._test
+
+    def stopping(*args):
+        signal.raise_signal(number)
+        return real(*args)
+
+    monkeypatch.setattr(command, "_test", stopping)
+    first = jobs.run(tmp_path, "length=smoke")
+    assert first.exit_code == 130
+    assert record.read_record(first.folder)["status"] == "interrupted"
+    monkeypatch.setattr(command, "_test", real)
+    again = jobs.run(tmp_path, "length=smoke")
+    assert again.exit_code == 0
+    assert again.record["metrics"]["test_acc"] > 0.5
+    assert again.record["metrics"]["train_loss"] > 0
+
+
+def test_a_failing_run_keeps_its_traceback_and_says_where(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("the disk sang\nand more")
+
+    monkeypatch.setattr(command, "_test", broken)
+    failed = jobs.run(tmp_path, "length=smoke")
+    assert failed.exit_code == 1
+    assert failed.record["error"] == "RuntimeError: the disk sang"
+    assert "Traceback" in (failed.folder / "error.txt").read_text()
+    said = capsys.readouterr().err
+    assert "RuntimeError: the disk sang (details in" in said
+    assert "Traceback" not in said

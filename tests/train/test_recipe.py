@@ -65,7 +65,9 @@ def test_steps():
         recipe.steps_an_epoch(20)
 
 
-@pytest.mark.parametrize("bad", [dict(epochs=0), dict(batch=0), dict(lr=-1.0), dict(clip=0.0), dict(max_steps=0)])
+@pytest.mark.parametrize("bad", [dict(epochs=0), dict(batch=0), dict(lr=-1.0), dict(clip=0.0), dict(max_steps=0),
+    dict(weight_decay=-1.0), dict(momentum=-0.1), dict(lr_min=-1e-5), dict(gamma=-1.0), dict(pretrain_steps=-1),
+    dict(nesterov=True)])
 def test_impossible_values_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=rf"recipe.{next(iter(bad))}"):
         Recipe(**bad)
