@@ -37,6 +37,7 @@ def solve(F: Field, z0: Tensor, *, solver: Solver, stop: Stop, reduce: Reduce | 
     device; the step taken in vain moves nothing and is not in `stats.nfe` (it is in `stats.calls`).
     """
     reduce = reduce or Reduce(per_sample=False)
+    measured = stop.needs_equilibrium or isinstance(F, FixedPoint)  # else |F| is a speed, not a residual
     if hasattr(solver, "integrate"):  # a foreign library that owns its loop: end time only
         return _whole(F, z0, solver, stop)
     F = Counted(F)
@@ -66,7 +67,8 @@ def solve(F: Field, z0: Tensor, *, solver: Solver, stop: Stop, reduce: Reduce | 
             n_open = flag.read(running)
     nfe = torch.where(running, F.nfe, nfe)
     steps = torch.where(running, k, steps)
-    return _solution(state, solver, bad, Counts(steps, nfe, F.nfe), stop, reduce)
+    counts = Counts(steps, nfe, F.nfe)
+    return _solution(state, _verdict(state, solver, bad, stop, reduce), counts, measured)
 
 
 def relative_residual(z: Tensor, F: Tensor) -> Tensor:
@@ -75,14 +77,18 @@ def relative_residual(z: Tensor, F: Tensor) -> Tensor:
     return (rows.norm(F) / rows.norm(z + F).clamp_min(torch.finfo(torch.float32).tiny)).squeeze(1)
 
 
-def _solution(state: State, solver: Solver, bad: Tensor, counts: Counts, stop: Stop, reduce: Reduce) -> Solution:
+@torch.no_grad()
+def _verdict(state: State, solver: Solver, bad: Tensor, stop: Stop, reduce: Reduce) -> Tensor:
+    status = stop.verdict(state, reduce).expand_as(bad)
+    if hasattr(solver, "stuck"):
+        gave_up = solver.stuck(state) & (status == Status.MAX_STEPS)
+        status = status.masked_fill(gave_up, int(Status.STEP_TOO_SMALL))
+    return status.masked_fill(bad | ~reduce.whole(state.finite()), int(Status.NONFINITE))
+
+
+def _solution(state: State, status: Tensor, counts: Counts, measured: bool) -> Solution:
     with torch.no_grad():
-        status = stop.verdict(state, reduce).expand_as(bad)
-        if hasattr(solver, "stuck"):
-            gave_up = solver.stuck(state) & (status == Status.MAX_STEPS)
-            status = status.masked_fill(gave_up, int(Status.STEP_TOO_SMALL))
-        status = status.masked_fill(bad | ~reduce.whole(state.finite()), int(Status.NONFINITE))
-        residual = relative_residual(state.z, state.F)
+        residual = relative_residual(state.z, state.F) if measured else state.t.new_full(state.t.shape, torch.nan)
     return Solution(state.z, state.F, status, Stats(*counts, residual), state.mem)
 
 

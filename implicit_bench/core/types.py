@@ -62,7 +62,7 @@ class Stats:
     steps: Tensor  # (B,) int64: solver steps until the row ended
     nfe: Tensor  # (B,) int64: evaluations of F until the row ended
     calls: int  # evaluations of F in all, what the solve cost
-    residual: Tensor  # (B,) relative residual |F| / |z + F| at the end; |F| has no such meaning for an ODE
+    residual: Tensor  # (B,) relative residual |F| / |z + F| at the end; NaN for an ODE, where |F| is a speed
 
 
 @dataclass(frozen=True)

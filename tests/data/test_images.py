@@ -166,7 +166,7 @@ def test_config_builds_what_its_name_says(name):
         ({"name": "cifar"}, "no data set 'cifar'; nearest: cifar10"),
         ({"val_size": -1}, "val_size must be a whole number from 0 on, not -1"),
         ({"val_size": "5000"}, "val_size must be a whole number from 0 on, not '5000'"),
-        ({"val_size": 50_000}, "val_size is 50,000, but cifar10 has 50,000 training images"),
+        ({"val_size": 50_000}, "dataset.val_size=50000, but cifar10 has 50,000 training images"),
         ({"mean": [0.5]}, "mean of cifar10 must be a list, a number for each of 3 channels"),
         ({"std": 0.5}, "std of cifar10 must be a list, a number for each of 3 channels"),
         ({"std": [0.2, 0.0, 0.2]}, r"std must be positive, not \[0.2, 0.0, 0.2\]"),
