@@ -104,12 +104,13 @@ def dense() -> tuple[list[list[str]], float, float]:
 def main() -> None:
     policy = clock.set_allocator_policy()
     torch.set_num_threads(1)
-    facts, alone = clock.fingerprint(), clock.Alone()
+    facts = clock.fingerprint()
     words = [w for w in sys.argv[1:] if "=" in w]
     config.compose("train", words)
     with tempfile.TemporaryDirectory() as name:
         first = start_up(Path(name))
         second = epoch_share(Path(name), words)
+    alone = clock.Alone()
     rows, f, vjp = dense()
     print(f"{facts['cores']}-core {facts['cpu']}, torch {facts['torch']}, one thread, "
           f"allocator {policy}, alone: {alone.read()}\n")  # fmt: skip

@@ -150,6 +150,7 @@ def test_a_nan_row_does_not_disturb_the_others():
     others = [0, 2, 3]
     close(sick.x[others], well.x[others], 1e-14)
     assert torch.equal(sick.iterations[others], well.iterations[others])
+    assert torch.equal(sick.x[1], torch.zeros(6).double())
     assert sick.converged.squeeze(1).tolist() == [True, False, True, True]
 
 

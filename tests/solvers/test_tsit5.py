@@ -148,6 +148,19 @@ def test_lands_on_the_end_time_exactly_and_never_looks_beyond(t1, dtype):
     torch.testing.assert_close(s.value, z0 * math.exp(math.sin(t1)), rtol=5e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("reduce", [PER_SAMPLE, BATCH], ids=["per_sample", "batch"])
+def test_the_first_step_is_hairer_norsett_and_wanners(reduce):
+    """On z' = -r z: |F| = r |z|, |F'| = r^2 |z| and h = min(1 / r, (.01 / max(|F|, |F'|))^(1/5)), norms scaled."""
+    z0, atol, rtol = f64([[3.0, 3.0]]), 1e-4, 1e-3
+    size = 3.0 / (atol + 3.0 * rtol)
+    for r in (1e-2, 1.0, 1e2, 1e4):
+        state = Tsit5(rtol, atol).init(lambda z, t, r=r: -r * z, z0, math.inf, reduce)
+        h = min(1 / r, (0.01 / max(r * size, r * r * size)) ** 0.2)
+        assert math.isclose(float(state.mem.dt), h, rel_tol=1e-9)
+        assert float(Tsit5(rtol, atol).init(lambda z, t, r=r: -r * z, z0, h / 2, reduce).mem.dt) == h / 2
+    assert math.isclose(float(Tsit5().init(lambda z, t: 0 * z, z0, math.inf, reduce).mem.dt), 1e-6)  # nothing moves
+
+
 def test_a_clock_tells_the_time():
     s = solve(lambda z, t: torch.ones_like(z), f64([[0.0]]), solver=Tsit5(), stop=EndTime(0.7))
     close(s.value, f64([[0.7]]), 1e-14)
