@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo readme test lint clean
 help:             ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
@@ -15,6 +15,9 @@ setup: $(VENV)/.stamp   ## make .venv with everything installed
 
 demo: setup       ## train a Skip DEQ on real digits and time it against its rivals, under a minute
 	@PATH="$(VENV)/bin:$$PATH" $(PY) scripts/demo.py
+
+readme: setup     ## rewrite the demo's output in README.md
+	@PATH="$(VENV)/bin:$$PATH" $(PY) scripts/demo.py --readme
 
 test: setup       ## the whole test suite
 	@$(PY) -m pytest

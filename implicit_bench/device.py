@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from . import clock
+from . import machine
 
 
 def _commit() -> str | None:
@@ -59,7 +59,7 @@ class Device:
 
     def begin(self) -> str:
         """Apply the settings to this process; returns the allocator's policy, for the record."""
-        policy = clock.set_allocator_policy() if self.wants_policy else "default"
+        policy = machine.set_allocator_policy() if self.wants_policy else "default"
         torch.set_num_threads(self.threads)
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -69,7 +69,7 @@ class Device:
     def environment(self) -> dict[str, Any]:
         """`begin`, and what a record says of the machine: hardware names the folder of committed records."""
         allocator = self.begin()
-        facts = clock.fingerprint()
+        facts = machine.fingerprint()
         cuda = self.torch.type == "cuda"
         hardware = torch.cuda.get_device_name(self.torch) if cuda else f"{facts['cores']}-core {facts['cpu']}"
         versions = {}

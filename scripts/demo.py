@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import time
+from pathlib import Path
+
+import torch
 
 from implicit_bench import config
 from implicit_bench.cli import main
+from implicit_bench.device import Device
 from implicit_bench.terminal import duration, say, share
 from implicit_bench.train.command import Outcome, train
 
-EVERYWHERE = ["gpu.threads=1", *sys.argv[1:]]  # on so small a network a second thread only adds noise
+EVERYWHERE = ["gpu.threads=1", *[a for a in sys.argv[1:] if "=" in a]]  # here a second thread only adds noise
 
 
 def run(*words: str) -> Outcome:
@@ -21,6 +26,9 @@ def run(*words: str) -> Outcome:
 
 def demo() -> int:
     began = time.perf_counter()
+    device = Device()
+    where = torch.cuda.get_device_name(0) if device.torch.type == "cuda" else "no GPU"
+    say("setup", f"{os.cpu_count()} cores · torch {torch.__version__} · {where}")
     skip = run("model=skip_deq", "stop.tol=1e-3")
     if skip.exit_code:
         return skip.exit_code
@@ -48,5 +56,16 @@ def demo() -> int:
     return 1 if wrong else 0
 
 
+def rewrite_readme() -> int:
+    """The demo's own words into README.md, between its two marks."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = demo()
+    readme = Path(__file__).parent.parent / "README.md"
+    head, _, rest = readme.read_text().partition("<!-- demo -->")
+    tail = rest.partition("<!-- /demo -->")[2]
+    readme.write_text(f"{head}<!-- demo -->\n```\n$ make demo\n{said.getvalue()}```\n<!-- /demo -->{tail}")
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(demo())
+    sys.exit(rewrite_readme() if "--readme" in sys.argv else demo())

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from implicit_bench import clock, config, record
+from implicit_bench import clock, config, machine, record
 from implicit_bench.adjoints import gmres
 from implicit_bench.adjoints.base import reattach
 from implicit_bench.core import FixedPoint, Reduce, Residual, solve
@@ -102,15 +102,15 @@ def dense() -> tuple[list[list[str]], float, float]:
 
 
 def main() -> None:
-    policy = clock.set_allocator_policy()
+    policy = machine.set_allocator_policy()
     torch.set_num_threads(1)
-    facts = clock.fingerprint()
+    facts = machine.fingerprint()
     words = [w for w in sys.argv[1:] if "=" in w]
     config.compose("train", words)
     with tempfile.TemporaryDirectory() as name:
         first = start_up(Path(name))
         second = epoch_share(Path(name), words)
-    alone = clock.Alone()
+    alone = machine.Alone()
     rows, f, vjp = dense()
     print(f"{facts['cores']}-core {facts['cpu']}, torch {facts['torch']}, one thread, "
           f"allocator {policy}, alone: {alone.read()}\n")  # fmt: skip

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import clock, config, record
+from .. import clock, config, machine, record
 from ..device import Device
 from ..lock import RunLock
 from ..log import Sink
@@ -76,7 +76,7 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
 
 def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rounds: int | None,
          budget: float | None, began: float) -> int:  # fmt: skip
-    alone = clock.Alone()
+    alone = machine.Alone()
     step_ms = [row.warm_up() for row in rows]
     unsettled = [row.label for row in rows if row.warm and not row.warm.settled]
     k = steps_a_round(step_ms)
@@ -107,7 +107,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     _print(rows, samples, found, table, rec, unsettled, k)
     rec["steps"] = samples.rounds * k
     rec["timing"]["cold_s"] = sum(row.warm.cold_s for row in rows if row.warm)
-    rec["memory"]["peak_mib"] = clock.peak_memory_mib(rows[0].device.torch)
+    rec["memory"]["peak_mib"] = machine.peak_memory_mib(rows[0].device.torch)
     rec |= {"rows": [_row(f) for f in figures], "ratios": [c.record() for c in found], "failed_rows": samples.failed,
             "rounds": samples.rounds, "steps_a_round": k, "unsettled": unsettled}  # fmt: skip
     sentences = "\n".join(f"- {_sentence(c)}" for c in found)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import clock, config, record
+from .. import clock, config, machine, record
 from ..data import Data
 from ..device import Device
 from ..lock import RunLock
@@ -107,7 +107,7 @@ def _begin(job: config.Composed, cfg: dict[str, Any], folder: Path) -> dict[str,
 def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: dict[str, Any], sink: Sink,
            began: float) -> Outcome:  # fmt: skip
     cfg, code, error = rec["config"], 1, None
-    alone = clock.Alone()
+    alone = machine.Alone()
     try:
         model = device.place(parts.model)
         if device.compile:
@@ -145,7 +145,7 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
     rec["status"] = {0: "done", 130: "interrupted"}.get(code, "failed")
     rec["error"] = error
     rec["environment"]["alone"] = alone.read()
-    rec["memory"]["peak_mib"] = clock.peak_memory_mib(device.torch)
+    rec["memory"]["peak_mib"] = machine.peak_memory_mib(device.torch)
     rec["timing"]["total_s"] = time.perf_counter() - began
     rec["finished_at"] = datetime.now().astimezone().isoformat(timespec="milliseconds")
     record.write_record(folder, rec)
