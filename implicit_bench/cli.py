@@ -70,9 +70,9 @@ flags   --cfg job prints the configuration · --info defaults: its sources · --
 usage: {PROG} bench model=A,B[,C] [key=value ...]        keys may list values; each combination is a row
 
 Rows share data set, seed, batches and gpu. Rounds of training steps and predictions alternate between the rows, so that
-the machine's drift hits all of them. A ratio is of medians over paired rounds, for the pairs that the papers speak of
-and for the first row over each row left, with a moving-block bootstrap 95 % interval; "no difference" where it contains
-1. The `why` line: how many calls of f and vector-Jacobian products make it, each at its own price.
+the machine's drift hits all of them. A ratio is of medians over paired rounds, for the pairs that the claims R1-R9 of
+arXiv 2201.12240 are about, and the first row over each row left, with a moving-block bootstrap 95 % interval. `why`:
+how many calls of f and VJPs make it, at the price of one alone; ×floor: a step's time over all its calls at that price.
 
 examples
   {PROG} bench model=neural_ode,cdeq,skip_cdeq

@@ -45,7 +45,7 @@ METRICS = (
            "Best test accuracy over all epochs, as papers report it: optimistic, and only under protocol=faithful."),
     Metric("timing.total_s", "s", "lower", "Wall-clock of the whole command."),
     Metric("timing.cold_s", "s", "lower", "First steps, compilation and autotuning: outside every other time."),
-    Metric("timing.epoch_s", "s", "lower", "A training epoch, validation and checkpoints left out."),
+    Metric("timing.epoch_s", "s", "lower", "The last training epoch, validation and checkpoints left out."),
     Metric("timing.step_ms", "ms", "lower", "One training step: forward from a batch on the device to the update."),
     Metric("timing.forward_ms", "ms", "lower", "The forward part of a training step."),
     Metric("timing.backward_ms", "ms", "lower", "The backward part of a training step."),

@@ -93,11 +93,13 @@ class _Backsolve(torch.autograd.Function):
             grads = torch.autograd.grad(dz, (z, *wrt), a, allow_unused=True, materialize_grads=True)
             return torch.cat([-dz.detach().flatten(), *(grad.flatten() for grad in grads)]).unsqueeze(0)
 
-        row = torch.cat([z1.flatten(), g.flatten(), g.new_zeros(sum(w.numel() for w in wrt))]).unsqueeze(0)
+        # Linear in a: started at unit size, its error is controlled as z's is, whatever the scale of the loss.
+        size = g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny)
+        row = torch.cat([z1.flatten(), (g / size).flatten(), g.new_zeros(sum(w.numel() for w in wrt))]).unsqueeze(0)
         back = solve(augmented, row, solver=ctx.solver, stop=ctx.stop, reduce=Reduce(per_sample=False))
         ctx.log.vjps += back.stats.calls
         ctx.log.calls += back.stats.calls
         ctx.log.converged = (back.status == Status.REACHED_END).expand(B)
         theta = back.value[0, 2 * n :].split([w.numel() for w in wrt])
-        gradients = (grad.view(w.shape) for grad, w in zip(theta, wrt))
+        gradients = (grad.view(w.shape) * size for grad, w in zip(theta, wrt))
         return None, None, None, None, None, None, *gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
     configs = [{**job.config, "gpu": device.settings()} for job, device in zip(jobs, devices)]
     refuse_unlike(configs)
     dataset = jobs[0].choices["dataset"]
-    pruned = [{k: v for k, v in c.items() if k not in record.LABELS} for c in configs]
+    pruned = [{k: v for k, v in c.items() if k not in record.LABELS | {"rounds", "time"}} for c in configs]
     identity = {"rows": pruned, "rounds": rounds if budget is None else None, "time": budget}
     folder = Path(first["paths"]["runs"]) / record.folder_name("bench", dataset, None, record.run_id(identity))
     with RunLock(folder):
@@ -82,36 +83,39 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     k = steps_a_round(step_ms)
     expected = budget or (rounds or 0) * k * sum(step_ms) * 1.5e-3
     how_long = f"{rounds} rounds" if budget is None else duration(budget)
-    plan = f"{len(rows)} rows × {how_long} of {_steps(k)}, about {duration(expected)}; Ctrl-C prints what there is"
-    say("plan", plan, err=True)
-    units = [row.unit_costs() for row in rows]
-    jsonl = record.Jsonl(folder / "metrics.jsonl")
+    plan = f"{len(rows)} rows × {how_long} of {_steps(k)}, about {duration(expected)} from here"
+    say("plan", f"{plan}; Ctrl-C prints what there is", err=True)
+    before = _prices(rows)
     bar = Bar(rounds or 0, "rounds")
 
     def on_round(done: int, figures: dict[str, dict[str, float]]) -> None:
         jsonl.append({"step": done, **figures})
         bar.at(done)
 
-    samples = clock.interleave(
-        {row.label: partial(row.measure, k) for row in rows},
-        rounds=rounds if budget is None else None,
-        seconds=budget,
-        on_round=on_round,
-    )
+    with contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl:
+        samples = clock.interleave(
+            {row.label: partial(row.measure, k) for row in rows},
+            rounds=rounds if budget is None else None,
+            seconds=budget,
+            on_round=on_round,
+        )
     bar.close()
+    after = _prices(rows) if not samples.interrupted else before
     rec["environment"]["alone"] = alone.read()
+    # A price is what f costs undisturbed: the lower of two readings, so that one bad moment does not spoil it.
+    units = [tuple(map(min, a, b)) for a, b in zip(before, after)]
     figures = [row.figures(samples.rows[row.label], *unit) for row, unit in zip(rows, units)
                if row.label in samples.rows and samples.rounds]  # fmt: skip
     found = comparisons(figures) if len(figures) > 1 else []
     table = _table(figures, samples.failed)
-    _print(rows, samples, found, table, rec, unsettled, k)
+    circumstances = _print(rows, samples, found, table, rec, unsettled, k)
     rec["steps"] = samples.rounds * k
     rec["timing"]["cold_s"] = sum(row.warm.cold_s for row in rows if row.warm)
     rec["memory"]["peak_mib"] = machine.peak_memory_mib(rows[0].device.torch)
     rec |= {"rows": [_row(f) for f in figures], "ratios": [c.record() for c in found], "failed_rows": samples.failed,
             "rounds": samples.rounds, "steps_a_round": k, "unsettled": unsettled}  # fmt: skip
     sentences = "\n".join(f"- {_sentence(c)}" for c in found)
-    (folder / "table.md").write_text(f"{tables.markdown(*table)}\n{sentences}\n")
+    (folder / "table.md").write_text(f"{tables.markdown(*table)}\n{sentences}\n\n{circumstances}\n")
     bars = [(c.title, c.ratio.value, c.ratio.low, c.ratio.high) for c in found]
     if bars:
         plots.speedup_bars(folder / "speedup.svg", bars, f"{rec['data']['name']}, batch {rows[0].recipe.batch}, "
@@ -126,8 +130,18 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     rec["finished_at"] = datetime.now().astimezone().isoformat(timespec="milliseconds")
     record.write_record(folder, rec)
     sink.finish(code)
-    say("wrote", f"{folder}/   record.json · table.md · speedup.svg")
+    total = duration(rec["timing"]["total_s"])
+    say("wrote", f"{folder}/   record.json · table.md · speedup.svg · {total} with warm-up")
     return code
+
+
+def _prices(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """ms of one f and of one VJP for each row, measured once for all rows of one cell."""
+    found: list[tuple[Any, tuple[float, float]]] = []
+    for row in rows:
+        if not any(cell == row.cell for cell, _ in found):
+            found.append((row.cell, row.unit_costs()))
+    return [next(price for cell, price in found if cell == row.cell) for row in rows]
 
 
 def _steps(k: int) -> str:
@@ -146,7 +160,7 @@ def _set_aside(folder: Path) -> int:
 
 
 def _table(figures: Sequence[Figures], failed: dict[str, str]) -> Table:
-    columns = ["model", "params", "train ms", "backward", "predict", "nfe f/b", "residual", "capped", "×floor"]
+    columns = ["model", "params", "train ms", "backward", "predict", "calls f/vjp", "residual", "capped", "×floor"]
     rows = []
     for f in figures:
         m = f.means
@@ -154,7 +168,7 @@ def _table(figures: Sequence[Figures], failed: dict[str, str]) -> Table:
                      number(f.median("predict")), f"{f.f_calls:.1f}/{m['nfe_backward']:.1f}",
                      number(m["residual"], 2) if f.ends_at_residual else "–",
                      f"{1 - m['converged_fraction']:.0%}" if f.ends_at_residual else "–",
-                     f"{f.median('train') / f.floor_ms:.2f}"])  # fmt: skip
+                     f"{f.median('train') / f.floor_ms:.2f}" if f.priced else "–"])  # fmt: skip
     return columns, rows + [[label, *["failed"] * 8] for label in failed]
 
 
@@ -162,8 +176,11 @@ def _cells(c: Comparison) -> list[str]:
     """id, pair, measure, ratio, interval, verdict, what the paper has and what speaks against comparing."""
     r = c.ratio
     caveat = f"({'; '.join(c.caveats)})" if c.caveats else ""
-    return [c.id, f"{c.slower.label} / {c.faster.label}", c.measure, f"{r.value:.2f}×", f"[{r.low:.2f}, {r.high:.2f}]",
-            r.verdict, f"paper {c.paper}" if c.paper else "", caveat]  # fmt: skip
+    settled = r.n >= clock.MIN_ROUNDS
+    verdict = f"{c.faster.label} {r.verdict}" if r.verdict in ("faster", "slower") else r.verdict
+    interval, paper = f"[{r.low:.2f}, {r.high:.2f}]" if settled else "–", f"paper {c.paper}" if c.paper else ""
+    pair = f"{c.slower.label} / {c.faster.label}"
+    return [c.id, pair, c.measure, f"{r.value:.2f}×", interval, verdict, paper, caveat]
 
 
 def _sentence(c: Comparison) -> str:
@@ -174,35 +191,42 @@ def _sentence(c: Comparison) -> str:
         value, low, high = (r.value, r.low, r.high) if r.verdict == "faster" else (1 / r.value, 1 / r.high, 1 / r.low)
         text = f"{c.faster.label} {verb} {value:.2f}× [{low:.2f}, {high:.2f}] {r.verdict} than {c.slower.label} here"
     else:
-        text = f"between {c.faster.label} and {c.slower.label}: {r.verdict} in {c.measure} here, {r.value:.2f}× " \
-               f"[{r.low:.2f}, {r.high:.2f}]"  # fmt: skip
+        interval = f" [{r.low:.2f}, {r.high:.2f}]" if r.n >= clock.MIN_ROUNDS else ""
+        text = f"{c.slower.label} / {c.faster.label}: {r.verdict} in {c.measure} here, {r.value:.2f}×{interval}"
     return text + paper
 
 
 def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparison], table: Table,
-           rec: dict[str, Any], unsettled: Sequence[str], k: int) -> None:  # fmt: skip
+           rec: dict[str, Any], unsettled: Sequence[str], k: int) -> str:  # fmt: skip
     env = rec["environment"]
     shared = "same data, batch and threads, interleaved"
-    say("bench", f"{' · '.join(row.label for row in rows)}: {shared}, {samples.rounds} rounds of {_steps(k)}, "
-        f"{duration(samples.seconds)}")  # fmt: skip
+    names = " · ".join(row.label for row in rows)
+    ended = " · INTERRUPTED" if samples.interrupted else ""
+    head = f"{names}: {shared}, {samples.rounds} rounds of {_steps(k)}, {duration(samples.seconds)}{ended}"
     quiet = {True: "nothing else running", False: "NOT alone on the machine", None: "load unknown"}[env["alone"]]
     threads = f"{rows[0].device.threads} thread{'s' * (rows[0].device.threads > 1)}"
     batch, allocator = f"batch {rows[0].recipe.batch}", f"allocator {env['allocator']}"
-    say("machine", " · ".join([str(env["cpu"]), threads, f"torch {env['torch']}", allocator, quiet, batch]))
+    where = " · ".join([str(env["cpu"]), threads, f"torch {env['torch']}", allocator, quiet, batch])
+    lines = [("bench", head), ("machine", where)]
     if unsettled:
-        say("warm", f"{', '.join(unsettled)} not settled within 2 % after 10 passes")
+        lines.append(("warm", f"{', '.join(unsettled)} not settled within 2 % after 10 passes"))
+    for label, text in lines:
+        say(label, text)
     print(tables.text(*table))
+    say("", "×floor: a step's time over (calls of f and VJPs × the price of one alone) · capped: solves not converged")
     for label, error in samples.failed.items():
         say("failed", f"{label}: {error}")
     if found:
         print(tables.text(["", "paired by round, 95 %", "", "here", "", "", "", ""], [_cells(c) for c in found]))
-    told = set()
-    for c in found:
-        if (c.slower.label, c.faster.label) not in told and c.ratio.verdict in ("faster", "slower") and c.why():
+    told: set[frozenset[str]] = set()
+    for c in found:  # a pair is explained once, by its training time
+        pair = frozenset((c.slower.label, c.faster.label))
+        if c.measure == "train" and pair not in told and c.ratio.verdict in ("faster", "slower") and c.why():
             say("why", c.why())
-        told.add((c.slower.label, c.faster.label))
-    for c in [c for c in found if c.ratio.n >= clock.MIN_ROUNDS][:1]:
+            told.add(pair)
+    for c in sorted((c for c in found if c.ratio.n >= clock.MIN_ROUNDS), key=lambda c: c.measure != "train")[:1]:
         say("say", f'"{_sentence(c)}"')
+    return "\n".join(f"- {label}: {text}" for label, text in lines)
 
 
 def _row(f: Figures) -> dict[str, Any]:

@@ -39,6 +39,11 @@ class Figures:
         return self.f_calls * self.f_ms + self.means["nfe_backward"] * self.vjp_ms
 
     @property
+    def priced(self) -> bool:
+        """A step cannot be faster than its parts: if it seems so, the prices were taken in a bad moment."""
+        return self.floor_ms <= self.median("train")
+
+    @property
     def converged(self) -> bool:
         return not self.ends_at_residual or self.means["converged_fraction"] >= 0.95
 
@@ -61,11 +66,18 @@ class Comparison:
         found = [f"{row.label} not converged" for row in (self.slower, self.faster) if not row.converged]
         if self.id in ("R1", "R2", "R6") and dict(self.slower.solver) != dict(self.faster.solver):
             found.append("different solvers or stepping tolerances")
+        if self.ratio.verdict == "no difference" and self.ratio.high > 1.2 * self.ratio.low:
+            found.append("interval too wide to tell")
         return found
 
-    def explained(self) -> dict[str, float]:
-        """The saving of a training step, ms, and its parts: fewer calls of f, fewer VJPs, the rest."""
+    def explained(self) -> dict[str, float] | None:
+        """The saving of a training step, ms, and its parts: fewer calls of f, fewer VJPs, the rest.
+
+        None for a ratio of other times, and where the prices cannot be right.
+        """
         a, b = self.slower, self.faster
+        if self.measure != "train" or not (a.priced and b.priced):
+            return None
         saved = a.median("train") - b.median("train")
         f, vjp = a.f_calls - b.f_calls, a.means["nfe_backward"] - b.means["nfe_backward"]
         by_f = a.f_calls * a.f_ms - b.f_calls * b.f_ms
@@ -75,11 +87,12 @@ class Comparison:
 
     def why(self) -> str:
         e = self.explained()
-        if not e["saved_ms"]:
+        if not e or not e["saved_ms"]:
             return ""
+        saved = e["saved_ms"]
 
         def part(count: float, ms: float, what: str) -> str:
-            return f"{abs(count):.1f} {'fewer' if count >= 0 else 'more'} {what} ({ms / e['saved_ms']:.0%})"
+            return f"{abs(count):.1f} {'fewer' if count >= 0 else 'more'} {what} ({ms / saved:.0%})"
 
         verb = "saves" if e["saved_ms"] > 0 else "costs"
         return (f"{self.faster.label} {verb} {number(abs(e['saved_ms']))} ms a step against {self.slower.label}: "

@@ -84,6 +84,11 @@ class Row:
         self.batches, self.step.taken, self.step.nonfinite, self.tally = 0, 0, 0, Tally()
         return times[-1]
 
+    @property
+    def cell(self) -> Any:
+        """What decides the price of one f: rows that agree on it share the price."""
+        return self.job.config["network"], self.job.config["gpu"]
+
     def unit_costs(self) -> tuple[float, float]:
         """ms of one call of f, and of one VJP of f on a kept graph, at the solution of a real batch."""
         x, _ = self.batch(0)

@@ -105,8 +105,13 @@ def read_checked(path: Path, size: int, digest: str, remedy: str) -> bytearray:
     return content
 
 
+def command_for(name: str, root: Path) -> str:
+    """What fetches a data set into this root."""
+    return f"implicit-bench data dataset={name}" + ("" if str(root) == "data" else f" paths.data={root}")
+
+
 def _read_official(name: str, layout: Layout, root: Path, file: str) -> bytearray:
-    remedy = f"delete it and run `implicit-bench data dataset={name}`"
+    remedy = f"delete it and run `{command_for(name, root)}`"
     if not KNOWN[name].package:
         remedy = "it is a part of implicit-bench: install that again"
     return read_checked(root / layout.folder / file, *layout.files[file], remedy)
@@ -122,8 +127,8 @@ def find_layout(name: str, root: Path) -> Layout:
             return layout
         if len(absent) < len(layout.files):
             problem = f"is not whole, {absent[0]} is missing"
-    command = f"`implicit-bench data dataset={name}` ({known.download_mb:.0f} MB)"
-    raise DataMissing(f"data set {name!r} {problem}; fetch it with {command}")
+    command = command_for(name, root)
+    raise DataMissing(f"data set {name!r} {problem}; fetch it with `{command}` ({known.download_mb:.0f} MB)")
 
 
 def read(name: str, root: Path) -> Raw:

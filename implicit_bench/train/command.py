@@ -63,7 +63,8 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
         rec = _begin(job, cfg, folder)
         rec["environment"] = environment
         _header(job, folder, rec, parts.model.parameter_counts(), words)
-        return _train(parts, data, device, folder, rec, sink, began)
+        with contextlib.ExitStack() as files:
+            return _train(parts, data, device, folder, rec, sink, began, files)
 
 
 def _finished(folder: Path, force: bool) -> Outcome | None:
@@ -101,12 +102,14 @@ def _begin(job: config.Composed, cfg: dict[str, Any], folder: Path) -> dict[str,
         _set_aside(folder, before["attempt"])
     else:
         rec |= {key: before[key] for key in ("attempt", "resumed_from", "started_at")}
+        rec["timing"]["total_s"] = before["timing"]["total_s"]
     return rec
 
 
 def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: dict[str, Any], sink: Sink,
-           began: float) -> Outcome:  # fmt: skip
+           began: float, files: contextlib.ExitStack) -> Outcome:  # fmt: skip
     cfg, code, error = rec["config"], 1, None
+    earlier_s = rec["timing"]["total_s"] or 0.0  # of the sessions before this one
     alone = machine.Alone()
     try:
         model = device.place(parts.model)
@@ -117,7 +120,7 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
         rec["data"] = {"name": data.name, "sha256": data.sha256, "n_train": len(data.train), "n_val": len(data.val),
                        "n_test": len(data.test)}  # fmt: skip
         step = Step(model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
-        jsonl = record.Jsonl(folder / "metrics.jsonl")
+        jsonl = files.enter_context(contextlib.closing(record.Jsonl(folder / "metrics.jsonl")))
         fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"])
         resumed = fit.resume(note)
         if resumed is None:
@@ -146,7 +149,7 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
     rec["error"] = error
     rec["environment"]["alone"] = alone.read()
     rec["memory"]["peak_mib"] = machine.peak_memory_mib(device.torch)
-    rec["timing"]["total_s"] = time.perf_counter() - began
+    rec["timing"]["total_s"] = earlier_s + time.perf_counter() - began
     rec["finished_at"] = datetime.now().astimezone().isoformat(timespec="milliseconds")
     record.write_record(folder, rec)
     sink.summary(record.scalars(rec))
@@ -164,7 +167,8 @@ def _set_aside(folder: Path, attempt: int) -> None:
 
 def _fill(rec: dict[str, Any], fit: Fit) -> None:
     at = fit.at
-    rec["steps"], rec["epochs"], rec["best_epoch"] = fit.step.taken, at.epoch, at.best_epoch
+    rec["steps"], rec["best_epoch"] = fit.step.taken, at.best_epoch
+    rec["epochs"] = at.epoch - (at.batch > 0)  # whole ones
     rec["nonfinite_steps"] = fit.step.nonfinite
     for key, value in at.last.items():
         section, _, name = key.partition(".")
@@ -228,10 +232,8 @@ def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) ->
     if code == 0:
         test, metrics = rec["solve"]["test"], rec["metrics"]
         text = f"accuracy {share(metrics['test_acc'])} on {rec['data']['n_test']:,} unseen images"
-        if test["status_counts"].get("REACHED_END", 0) == 0:
-            text += (
-                f" · {test['converged_fraction']:.1%} of them converged · {test['nfe_sample']:.1f} evaluations a solve"
-            )
+        if (share_done := test["converged_fraction"]) is not None:
+            text += f" · {share_done:.1%} of them converged · {test['nfe_sample']:.1f} evaluations a sample"
         if within := metrics["test_acc_within"]:
             parts = "   ".join(f"{k}: {share(v)}" for k, v in within.items())
             text += f"\nsteps allowed   {parts}   (0 = the head on the start z0 alone)"

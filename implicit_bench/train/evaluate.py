@@ -36,7 +36,8 @@ def budgets(model: Classifier) -> tuple[int, ...]:
     layer = model.layer
     if layer.field != "equilibrium" or isinstance(layer.stop, FixedSteps):
         return ()
-    return (0, 1, 2, 4) if not hasattr(layer.solver, "tableau") else (0,)
+    several = hasattr(layer.solver, "tableau") or hasattr(layer.solver, "integrate")  # evaluations a step
+    return (0,) if several else (0, 1, 2, 4)
 
 
 @torch.no_grad()

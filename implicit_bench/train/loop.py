@@ -155,9 +155,10 @@ class Fit:
                 last_save = time.perf_counter()
                 saving += last_save - now
         tally.settle()
-        self._close_epoch(tally, bar, time.perf_counter() - began - saving)
+        whole = steps == min(self.steps_an_epoch, self.total)
+        self._close_epoch(tally, bar, time.perf_counter() - began - saving if whole else None)
 
-    def _close_epoch(self, tally: Tally, bar: Bar, seconds: float) -> None:
+    def _close_epoch(self, tally: Tally, bar: Bar, seconds: float | None) -> None:
         at, data = self.at, self.data
         self._collect_times()
         train = tally.means()
@@ -171,16 +172,17 @@ class Fit:
             "epoch": at.epoch,
             "lr": self.step.optimizer.param_groups[0]["lr"],
             "timing.step_ms": ms,
-            "timing.epoch_s": seconds,
+            "timing.epoch_s": seconds,  # None for an epoch that was interrupted
             **_named(train),
         }
         row |= {f"metrics.val_{k}": val[k] for k in ("acc", "loss") if k in val}
         self._row(row)
         nfe = f"{number(train['nfe_forward'])}/{number(train['nfe_backward'])}"
-        residual, done = number(train["residual"], 2), train["converged_fraction"]
+        residual = number(train["residual"], 2)
+        done = f"{train['converged_fraction']:.0%}" if "converged_fraction" in train else "–"
         left = f"{at.epoch:6d} {train['loss']:7.3f}  {share(val.get('acc')):>6}"
-        bar.line(f"{left}   {nfe:<10}  {residual:>8}   {done:7.0%}   {number(ms):>9}")
-        at.last, at.batch, at.tally = row, 0, {}
+        bar.line(f"{left}   {nfe:<10}  {residual:>8}   {done:>7}   {number(ms):>9}")
+        at.last, at.batch, at.tally = {**row, "solve.status_counts": tally.status_counts()}, 0, {}
         self.save()
 
     def _row(self, row: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ class Tally:
         self._pending.clear()
 
     def means(self) -> dict[str, float]:
-        """loss, acc, nfe_forward and nfe_backward a batch; the rest a sample. converged: of samples that could."""
+        """loss, acc, nfe_forward and nfe_backward a batch; the rest a sample; converged_fraction if it was asked."""
         self.settle()
         s = self.sums
         if not s.get("n"):
@@ -63,7 +63,9 @@ class Tally:
         if "linear_iterations" in s:
             out |= {"linear_iterations": s["linear_iterations"] / n, "rhs_norm": s["rhs_norm"] / n}
         counts = self.status_counts()
-        out["converged_fraction"] = (counts.get("CONVERGED", 0) + counts.get("REACHED_END", 0)) / n
+        asked = n - counts.get("REACHED_END", 0)  # an end time, or a fixed depth, asks for no convergence
+        if asked:
+            out["converged_fraction"] = counts.get("CONVERGED", 0) / asked
         return out
 
     def status_counts(self) -> dict[str, int]:

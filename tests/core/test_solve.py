@@ -94,6 +94,10 @@ def test_reached_end_is_for_end_times_and_fixed_steps():
     s = solve(lambda z, t: -z, torch.ones(2, 1).double(), solver=Tsit5(1e-9, 1e-9), stop=EndTime(1.0))
     assert s.status.tolist() == [Status.REACHED_END] * 2
     close(s.value, f64([[math.exp(-1)]] * 2), 1e-8)
+    assert bool(s.stats.residual.isnan().all())  # the speed of an ODE is no residual, that of a flow to a root is
+    s = solve(affine((0.5,)), START[:1], solver=Tsit5(1e-9, 1e-9), stop=EndTime(1.0))
+    left = math.exp(-0.5)
+    close(s.stats.residual, f64([0.5 * left / (1 + 0.5 * left)]), 1e-8)
     s = solve(affine((0.99,)), START[:1], solver=Picard(), stop=FixedSteps(5))
     assert (s.status.tolist(), s.stats.calls) == ([Status.REACHED_END], 5)
     close(s.fixed_point, f64([[1 + 0.99**5] * D]), 1e-14)  # f of the last z: five cells

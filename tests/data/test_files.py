@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from implicit_bench.data import KNOWN, DataCorrupt, DataError, DataMissing, ImageData, describe, verify
-from implicit_bench.data.files import OFFICIAL, read
+from implicit_bench.data.files import OFFICIAL, command_for, read
 from implicit_bench.data.readers import parse_idx
 
 NAMES = ["mnist", "fashion_mnist", "cifar10"]
@@ -76,7 +76,7 @@ def test_truncated_long_and_altered_files_are_refused_by_name(tiny, tmp_path, na
             with pytest.raises(DataCorrupt) as error:
                 check(name, tmp_path)
             assert str(error.value).startswith(f"{path} is {word} (")
-            assert str(error.value).endswith(f"; delete it and run `implicit-bench data dataset={name}`")
+            assert str(error.value).endswith(f"; delete it and run `{command_for(name, tmp_path)}`")
         assert path.read_bytes() == content
 
 
@@ -126,7 +126,8 @@ def test_missing_and_incomplete(tiny, tmp_path):
     with pytest.raises(DataMissing) as error:
         read("cifar10", tmp_path)
     assert str(error.value) == (
-        f"data set 'cifar10' is not in {tmp_path}/; fetch it with `implicit-bench data dataset=cifar10` (139 MB)"
+        f"data set 'cifar10' is not in {tmp_path}/; fetch it with "
+            f"`implicit-bench data dataset=cifar10 paths.data={tmp_path}` (139 MB)"
     )
     small.put(tmp_path, skip=["data_batch_3.bin"])
     with pytest.raises(DataMissing, match=r"not whole, .*data_batch_3\.bin is missing; fetch it"):
