@@ -18,7 +18,9 @@ class Backsolve:
 
     a' = -a^T dF/dz, (dL/dtheta)' = -a^T dF/dtheta, from t1 to 0, by the solver of the forward on one flat augmented
     row [z, a, theta]; its error norm spans all of it, as in the papers' code. torchdiffeq's solvers use torchdiffeq's
-    own adjoint. `max_steps` caps the attempts of the backward solve.
+    own adjoint. `max_steps` caps the attempts of the backward solve. The equation is linear in a: `unit_cotangent`
+    starts it at unit size and scales the result, so that its error is controlled whatever the scale of the loss; else,
+    as in torchdiffeq and SciML, cotangents of a mean loss may lie below the absolute tolerance, hardly controlled.
 
     Cost: one evaluation with graph and one VJP for each call of the augmented field. Memory: one such graph, whatever
     the number of steps. The gradient is that of the differential equation, not of the steps that the forward took.
@@ -28,8 +30,8 @@ class Backsolve:
     needs_end_time = True
     uses_wrt = True
 
-    def __init__(self, max_steps: int = 1000):
-        self.max_steps = max_steps
+    def __init__(self, max_steps: int = 1000, unit_cotangent: bool = False):
+        self.max_steps, self.unit_cotangent = max_steps, unit_cotangent
 
     def __call__(self, F: Field, z0: Tensor, forward: Solve,
                  wrt: Sequence[Tensor]) -> tuple[Tensor, Solution, BackwardLog]:  # fmt: skip
@@ -40,7 +42,7 @@ class Backsolve:
         with torch.no_grad():
             solution = forward(F, z0)
         stop = EndTime(forward.stop.t1, self.max_steps)
-        z = _Backsolve.apply(F, solver, stop, log, solution.value, len(wrt), *wrt)
+        z = _Backsolve.apply(F, solver, stop, log, self.unit_cotangent, solution.value, *wrt)
         return self._output(F, z, stop.t1, log), solution, log
 
     def _output(self, F: Field, z: Tensor, t1: float, log: BackwardLog) -> Tensor:
@@ -71,9 +73,9 @@ class Backsolve:
 
 class _Backsolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, F: Field, solver: Solver, stop: EndTime, log: BackwardLog, z1: Tensor, n: int,
+    def forward(ctx: Any, F: Field, solver: Solver, stop: EndTime, log: BackwardLog, unit: bool, z1: Tensor,
                 *wrt: Tensor) -> Tensor:  # fmt: skip
-        ctx.field, ctx.solver, ctx.stop, ctx.log = F, solver, stop, log
+        ctx.field, ctx.solver, ctx.stop, ctx.log, ctx.unit = F, solver, stop, log, unit
         ctx.save_for_backward(z1, *wrt)
         return z1.clone()
 
@@ -93,8 +95,7 @@ class _Backsolve(torch.autograd.Function):
             grads = torch.autograd.grad(dz, (z, *wrt), a, allow_unused=True, materialize_grads=True)
             return torch.cat([-dz.detach().flatten(), *(grad.flatten() for grad in grads)]).unsqueeze(0)
 
-        # Linear in a: started at unit size, its error is controlled as z's is, whatever the scale of the loss.
-        size = g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny)
+        size = g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny) if ctx.unit else g.new_ones(())
         row = torch.cat([z1.flatten(), (g / size).flatten(), g.new_zeros(sum(w.numel() for w in wrt))]).unsqueeze(0)
         back = solve(augmented, row, solver=ctx.solver, stop=ctx.stop, reduce=Reduce(per_sample=False))
         ctx.log.vjps += back.stats.calls

@@ -129,6 +129,9 @@ class ImplicitLayer(nn.Module):
         if isinstance(self.stop, FixedSteps) and hasattr(self.solver, "tableau"):
             raise ValueError(f"stop=fixed_steps counts applications of the cell, and solver={name} makes several a "
                              "step; use solver=picard or solver=anderson")  # fmt: skip
+        if getattr(self.adjoint, "unit_cotangent", False) and hasattr(self.solver, "integrate"):
+            raise ValueError(f"adjoint.unit_cotangent=true is for our own solvers, but solver={name} brings "
+                             "torchdiffeq's adjoint; use solver=tsit5")  # fmt: skip
         if getattr(self.adjoint, "needs_end_time", False) and self.stop.t1 == float("inf"):
             raise ValueError("adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift")
         if hasattr(self.cell, "cells"):

@@ -224,3 +224,24 @@ def test_no_memory_is_kept():
             assert [ref() for ref in refs] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_unit_cotangent_frees_the_gradient_from_the_scale_of_the_loss():
+    def gradient(scale, unit, tol=1e-3):
+        torch.manual_seed(0)
+        cell, x = TimedCell(4).double(), X.clone().requires_grad_()
+        out = layer_of(cell, Backsolve(unit_cotangent=unit), Tsit5(tol, tol))(x)
+        (out.z * G * scale).sum().backward()
+        return torch.cat([p.grad.flatten() for p in cell.parameters()]) / scale, out.backward.vjps
+
+    exact, _ = gradient(1.0, False, 1e-10)
+    small, loose = gradient(1e-6, False)  # hardly controlled at all
+    unit, tight = gradient(1e-6, True)
+    assert torch.allclose(unit, gradient(1.0, True)[0], rtol=1e-9)
+    assert (unit - exact).norm() < (small - exact).norm() / 3
+    assert tight > loose
+
+
+def test_a_unit_cotangent_is_refused_where_it_would_be_ignored():
+    with pytest.raises(ValueError, match="unit_cotangent=true is for our own solvers"):
+        layer_of(TanhCell(4), Backsolve(unit_cotangent=True), TorchDiffeq())
