@@ -114,6 +114,7 @@ class Wandb:
         self._thread.join(self.init_timeout + self.finish_timeout)
         if self._thread.is_alive():
             self._off("has not finished in time")
+            atexit.register(_leave, exit_code)  # runs before wandb's own hooks, which would wait for ever
         atexit.unregister(self._drain)
         self._pid, self.state = 0, "off"
 
@@ -222,6 +223,13 @@ def choices(config: Values) -> dict[str, str]:
         elif isinstance(value, Mapping):
             found[group] = str(value.get("name") or str(value.get("_target_", "")).rpartition(".")[2].lower())
     return {group: name for group, name in found.items() if name}
+
+
+def _leave(exit_code: int) -> None:
+    """End the process now: W&B hangs, and everything of ours is on disk."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _flat(values: Values) -> dict[str, Any]:
