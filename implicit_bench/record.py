@@ -232,6 +232,13 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def set_aside(folder: Path, names: Iterable[str], attempt: int) -> None:
+    """Keep what an earlier attempt left in a run's folder, under names of its own."""
+    for path in (folder / name for name in names):
+        if path.exists():
+            path.rename(path.with_name(f"attempt-{attempt}.{path.name}"))
+
+
 def records(dirs: Iterable[str | Path]) -> list[dict[str, Any]]:
     """Every record under the given folders (record.json, or NAME.record.json as in results/), each file once."""
     files: dict[Path, None] = {}

@@ -57,8 +57,7 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
         rec["environment"] = devices[0].environment()
         data = config.make(first["dataset"], "dataset").load(
             Path(first["paths"]["data"]), devices[0].torch, fetch=lambda line: say("data", line))  # fmt: skip
-        rec["data"] = {"name": data.name, "sha256": data.sha256, "n_train": len(data.train), "n_val": len(data.val),
-                       "n_test": len(data.test)}  # fmt: skip
+        rec["data"] = data.facts()
         names = labels(jobs, words)
         rows = make_rows(jobs, names, data, devices)
         sink: Sink = config.make(first["logger"], "logger")
@@ -153,9 +152,7 @@ def _set_aside(folder: Path) -> int:
     if not (folder / "record.json").exists():
         return 1
     before = record.read_record(folder)["attempt"]
-    for name in FILES:
-        if (folder / name).exists():
-            (folder / name).rename(folder / f"attempt-{before}.{name}")
+    record.set_aside(folder, FILES, before)
     return before + 1
 
 

@@ -43,6 +43,11 @@ class Data:
     flip: float = 0.0
     pad: int = 0
 
+    def facts(self) -> dict[str, str | int]:
+        """What a run's record says of its data."""
+        return {"name": self.name, "sha256": self.sha256, "n_train": len(self.train), "n_val": len(self.val),
+                "n_test": len(self.test)}  # fmt: skip
+
     def batch(self, split: Split, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """x float32 (B, C, H, W) normalised and y int64 (B,) of ``index`` (B,), which lives on the data's device.
 

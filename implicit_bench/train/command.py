@@ -99,7 +99,7 @@ def _begin(job: config.Composed, cfg: dict[str, Any], folder: Path) -> dict[str,
     before = record.read_record(folder)
     if before["status"] == "done":
         rec["attempt"] = before["attempt"] + 1
-        _set_aside(folder, before["attempt"])
+        record.set_aside(folder, (*SAVED, "metrics.jsonl", "record.json"), before["attempt"])
     else:
         rec |= {key: before[key] for key in ("attempt", "resumed_from", "started_at")}
         rec["timing"]["total_s"] = before["timing"]["total_s"]
@@ -117,8 +117,7 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
             model.layer.cell.compile()
         counts = model.parameter_counts()
         rec["params"] = {"total": sum(counts.values()), "by_part": counts}
-        rec["data"] = {"name": data.name, "sha256": data.sha256, "n_train": len(data.train), "n_val": len(data.val),
-                       "n_test": len(data.test)}  # fmt: skip
+        rec["data"] = data.facts()
         step = Step(model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
         jsonl = files.enter_context(contextlib.closing(record.Jsonl(folder / "metrics.jsonl")))
         fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"])
@@ -156,13 +155,6 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
     sink.finish(code)
     _closing(code, error, folder, rec)
     return Outcome(code, folder, rec)
-
-
-def _set_aside(folder: Path, attempt: int) -> None:
-    """force=true: what the finished attempt left stays, under names of its own."""
-    for path in [folder / name for name in (*SAVED, "metrics.jsonl", "record.json")]:
-        if path.exists():
-            path.rename(path.with_name(f"attempt-{attempt}.{path.name}"))
 
 
 def _fill(rec: dict[str, Any], fit: Fit) -> None:
