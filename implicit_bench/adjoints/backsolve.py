@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..core import EndTime, Field, FixedPoint, Reduce, Solution, Solver, Status, solve
+from ..core import EndTime, Field, FixedPoint, OwnLoop, Reduce, Solution, Solver, Status, solve
 from .base import BackwardLog, Solve
 
 
@@ -37,7 +37,7 @@ class Backsolve:
                  wrt: Sequence[Tensor]) -> tuple[Tensor, Solution, BackwardLog]:  # fmt: skip
         log = BackwardLog()
         solver: Any = forward.solver
-        if hasattr(solver, "integrate"):
+        if isinstance(solver, OwnLoop):
             return self._foreign(F, z0, forward, wrt, log)
         with torch.no_grad():
             solution = forward(F, z0)

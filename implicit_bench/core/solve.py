@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .types import Field, FixedPoint, Reduce, Solution, Solver, State, Stats, Status, Stop
-
-
-class Counts(NamedTuple):
-    steps: Tensor
-    nfe: Tensor
-    calls: int
+from .types import Field, FixedPoint, OwnLoop, Reduce, Solution, Solver, State, Stats, Status, Stop
 
 
 class Counted:
@@ -27,48 +19,59 @@ class Counted:
         return self.F(z, t)
 
 
-def solve(F: Field, z0: Tensor, *, solver: Solver, stop: Stop, reduce: Reduce | None = None) -> Solution:
+def solve(F: Field, z0: Tensor, *, solver: Solver | OwnLoop, stop: Stop, reduce: Reduce | None = None,
+          trace: bool = False) -> Solution:  # fmt: skip
     """Move z0 (B, D) with `solver` until `stop` closes every row, `stop.max_steps` steps at most.
 
-    A row that has ended is frozen bit for bit; a row whose new state is not finite keeps its last finite one and ends
-    as NONFINITE; neither disturbs its neighbours, unless the batch is one system, which ends as one. Never raises for
-    a failed solve: read `Solution.status`.
+    A row returns its best iterate where the stop ranks them (stop=residual), else its last finite one. What happens
+    to a row after it has ended is thrown away, so that its value is frozen bit for bit; a row whose state is not finite
+    ends as NONFINITE; neither disturbs its neighbours, unless the batch is one system, which ends as one. Never raises
+    for a failed solve: read `Solution.status`. `trace` keeps the relative residual after every step.
     On a CUDA device the question "does any row go on?" is read one step late, so that the host never waits for the
     device; the step taken in vain moves nothing and is not in `stats.nfe` (it is in `stats.calls`).
     """
     reduce = reduce or Reduce(per_sample=False)
-    measured = stop.needs_equilibrium or isinstance(F, FixedPoint)  # else |F| is a speed, not a residual
-    if hasattr(solver, "integrate"):  # a foreign library that owns its loop: end time only
+    if isinstance(solver, OwnLoop):  # a foreign library: end time only
         return _whole(F, z0, solver, stop)
+    measured = stop.needs_equilibrium or isinstance(F, FixedPoint)  # else |F| is a speed, not a residual
     F = Counted(F)
+    solver = Traced(solver) if trace else solver
     state = solver.init(F, z0, stop.t1, reduce)
-    B = z0.shape[0]
-    running = stop.open(state, 0, reduce).expand(B)
-    nfe = torch.full((B,), F.nfe, device=z0.device)
-    steps = torch.zeros_like(nfe)
-    bad = torch.zeros_like(running)
+    watch = stop.watch(reduce)
+    running = watch.open(state, 0)  # (R,): R = B rows, or the batch as one
     flag = OpenRows(z0.is_cuda)
-    n_open, k = flag.read(running), 0
-    while n_open and k < stop.max_steps:
-        new = solver.step(F, state, reduce)
-        k += 1
-        still = stop.open(new, k, reduce)
-        n_open = flag.read(still & running)
-        if n_open == B and not flag.late:  # nobody ended: nothing to freeze
-            state = new
-            continue
-        finite = reduce.whole(new.finite())
-        bad = bad | (running & ~finite)
-        state = _merge(running & finite, new, state)
-        nfe = torch.where(running, F.nfe, nfe)
-        steps = torch.where(running, k, steps)
-        running = running & still & finite
+    best = _Best(state, watch.score, flag.late)
+    steps = torch.zeros_like(running, dtype=torch.int64)
+    bad = torch.zeros_like(running)
+    n_open, nfe = flag.read(running), [F.nfe]
+    while n_open and len(nfe) <= stop.max_steps:
+        state = solver.step(F, state, reduce)
+        k = len(nfe)
+        nfe.append(F.nfe)
+        going = solver.moves(state, watch.open(state, k))
+        score = watch.score
         if not flag.late:
-            n_open = flag.read(running)
-    nfe = torch.where(running, F.nfe, nfe)
-    steps = torch.where(running, k, steps)
-    counts = Counts(steps, nfe, F.nfe)
-    return _solution(state, _verdict(state, solver, bad, stop, reduce), counts, measured)
+            improves = going if score is None else going & (score < best.least)
+            if flag.read(improves if n_open == len(running) else improves & running) == n_open:
+                best.at, best.least, best.fresh = state, score, running  # nothing to set aside
+                continue
+        alive = running & (score < torch.inf if score is not None else reduce.whole(state.finite()))
+        bad = bad | (running ^ alive)
+        steps = torch.where(running, k, steps)
+        running = alive & going
+        best.see(state, score, alive, running)
+        n_open = flag.read(running)
+    value = best.close(running)
+    steps = torch.where(running, len(nfe) - 1, steps).expand(len(z0))
+    with torch.no_grad():
+        status = watch.verdict(value)
+        stuck = (status == Status.MAX_STEPS) & ~running & ~bad  # neither the stop nor the cap ended it: the solver did
+        status = status.masked_fill(stuck, int(Status.STEP_TOO_SMALL))
+        status = status.masked_fill(bad | ~reduce.whole(value.finite()), int(Status.NONFINITE)).expand(len(z0))
+        residual = relative_residual(value.z, value.F) if measured else value.t.new_full(value.t.shape, torch.nan)
+        history = solver.residuals(steps) if isinstance(solver, Traced) else None
+        spent = torch.tensor(nfe, device=z0.device)[steps]
+    return Solution(value.z, value.F, status, Stats(steps, spent, F.nfe, residual, history), state.mem)
 
 
 def relative_residual(z: Tensor, F: Tensor) -> Tensor:
@@ -77,24 +80,9 @@ def relative_residual(z: Tensor, F: Tensor) -> Tensor:
     return (rows.norm(F) / rows.norm(z + F).clamp_min(torch.finfo(torch.float32).tiny)).squeeze(1)
 
 
-@torch.no_grad()
-def _verdict(state: State, solver: Solver, bad: Tensor, stop: Stop, reduce: Reduce) -> Tensor:
-    status = stop.verdict(state, reduce).expand_as(bad)
-    if hasattr(solver, "stuck"):
-        gave_up = solver.stuck(state) & (status == Status.MAX_STEPS)
-        status = status.masked_fill(gave_up, int(Status.STEP_TOO_SMALL))
-    return status.masked_fill(bad | ~reduce.whole(state.finite()), int(Status.NONFINITE))
-
-
-def _solution(state: State, status: Tensor, counts: Counts, measured: bool) -> Solution:
-    with torch.no_grad():
-        residual = relative_residual(state.z, state.F) if measured else state.t.new_full(state.t.shape, torch.nan)
-    return Solution(state.z, state.F, status, Stats(*counts, residual), state.mem)
-
-
-def _whole(F: Field, z0: Tensor, solver: Solver, stop: Stop) -> Solution:
+def _whole(F: Field, z0: Tensor, solver: OwnLoop, stop: Stop) -> Solution:
     equilibrium, F = isinstance(F, FixedPoint), Counted(F)
-    z = solver.integrate(F, z0, stop.t1)  # type: ignore[attr-defined]
+    z = solver.integrate(F, z0, stop.t1)
     t = z.new_full((len(z),), stop.t1)
     end = State(z, F(z, t) if equilibrium else torch.zeros_like(z), t)  # f(z) is the output of an equilibrium layer
     nfe = torch.full((len(z),), F.nfe, device=z0.device)
@@ -105,10 +93,80 @@ def _whole(F: Field, z0: Tensor, solver: Solver, stop: Stop) -> Solution:
     return Solution(z, field, status, Stats(nfe, nfe, F.nfe, residual))
 
 
-def _merge(rows: Tensor, new: State, old: State) -> State:
+class _Best:
+    """The iterate that each row is to return.
+
+    `at` is the newest state that any open row is at its best in, `fresh` says which rows; all others are set aside in
+    `kept`, so that a step on which every row improves copies nothing. On CUDA, where the host does not know, every
+    step sets aside.
+    """
+
+    def __init__(self, state: State, score: Tensor | None, late: bool):
+        self.kept = self.at = state
+        self.least, self.late = score, late
+        self.fresh: Tensor | None = None  # none yet: `kept` has them all
+
+    def see(self, new: State, score: Tensor | None, alive: Tensor, still: Tensor) -> None:
+        """`alive` rows have a finite new state; `still` are those of them that go on."""
+        better = alive
+        if score is not None and self.least is not None:
+            better = alive & (score < self.least)
+            self.least = torch.where(better, score, self.least)
+        if self.late:
+            self.kept = _put_masked(self.kept, better, new)
+            return
+        if self.fresh is not None:
+            self.kept = _put(self.kept, self.fresh & ~better, self.at)
+        self.kept = _put(self.kept, better & ~still, new)
+        self.at, self.fresh = new, better & still
+
+    def close(self, running: Tensor) -> State:
+        if self.fresh is not None:
+            self.kept = _put(self.kept, self.fresh & running, self.at)
+        return self.kept
+
+
+def _put(kept: State, rows: Tensor, new: State) -> State:
+    """`kept` with some rows from `new`; copies those rows only, at the price of the host looking which they are."""
+    index = rows.nonzero().squeeze(1)
+    if len(index) == len(rows):
+        return new
+    if not len(index):
+        return kept
+    return State(*(a.index_copy(0, index, b[index]) for a, b in zip(kept[:3], new[:3])))
+
+
+def _put_masked(kept: State, rows: Tensor, new: State) -> State:
     at = rows.unsqueeze(1)
-    return State(torch.where(at, new.z, old.z), torch.where(at, new.F, old.F), torch.where(rows, new.t, old.t),
-                 new.mem)  # fmt: skip
+    return State(torch.where(at, new.z, kept.z), torch.where(at, new.F, kept.F), torch.where(rows, new.t, kept.t))
+
+
+class Traced(Solver):
+    """A solver whose steps are watched: the relative residual of every state, whatever the stop asks."""
+
+    def __init__(self, solver: Solver):
+        self.solver = solver
+        self.rows: list[Tensor] = []
+
+    def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State:
+        return self._seen(self.solver.init(F, z0, t1, reduce))
+
+    def step(self, F: Field, state: State, reduce: Reduce) -> State:
+        return self._seen(self.solver.step(F, state, reduce))
+
+    def moves(self, state: State, going: Tensor) -> Tensor:
+        return self.solver.moves(state, going)
+
+    def residuals(self, steps: Tensor) -> Tensor:
+        """(steps + 1, B); NaN after a row's end."""
+        all_rows = torch.stack(self.rows)
+        after = torch.arange(len(all_rows), device=steps.device).unsqueeze(1) > steps
+        return all_rows.masked_fill(after, torch.nan)
+
+    @torch.no_grad()
+    def _seen(self, state: State) -> State:
+        self.rows.append(relative_residual(state.z, state.F))
+        return state
 
 
 class OpenRows:

@@ -10,41 +10,94 @@ from torch import Tensor
 
 from .types import Reduce, State, Status
 
+PerSample = bool | Literal["auto"]
+
 
 class Residual:
     """End where |F| <= tol |z + F| (norm=rel) or |F| <= tol (norm=abs), with F = f(z) - z; max_steps steps at most.
 
     per_sample: each row ends on its own residual; `auto` does so where the network's samples are independent.
-    The residual is the one known after the last step, so testing it costs no evaluation.
+    best: return the iterate of the least residual, not the last. The residual is the one known after the last step, so
+    none of this costs an evaluation.
+    patience: end as STALLED after so many steps if the residual is within 3 tol and has varied by less than a factor
+    of 1.3 over the last so many (0: never). protect: end as STALLED when the residual is this many times the first,
+    times the numbers in the state (0: never). patience=30, protect=1e3 are the first paper's `deq_default`, with
+    best=true its `deq_best` (arXiv 2201.12240).
     """
 
     t1 = math.inf
     needs_equilibrium = True
 
     def __init__(self, tol: float = 1e-2, norm: Literal["rel", "abs"] = "rel", max_steps: int = 50,
-                 per_sample: bool | Literal["auto"] = "auto"):  # fmt: skip
+                 per_sample: PerSample = "auto", best: bool = True, patience: int = 0, protect: float = 0.0):  # fmt: skip
         if not 0 < tol < math.inf:
             raise ValueError(f"stop.tol={tol} must be positive and finite, such as 1e-2")
         if norm not in ("rel", "abs"):
             raise ValueError(f"stop.norm={norm!r} must be rel or abs")
         if max_steps < 1:
             raise ValueError(f"stop.max_steps={max_steps} must be at least 1")
+        if patience < 0 or not protect >= 0:
+            raise ValueError(f"stop.patience={patience} and stop.protect={protect} must not be negative; 0 is never")
         self.tol, self.norm, self.max_steps, self.per_sample = float(tol), norm, max_steps, per_sample
+        self.best, self.patience, self.protect = best, patience, float(protect)
 
-    def open(self, state: State, k: int, reduce: Reduce) -> Tensor:
-        size, bound = self._measure(state, reduce)
-        return (size > bound) & size.isfinite()
+    def watch(self, reduce: Reduce) -> ResidualWatch:
+        return (Impatient if self.patience or self.protect else ResidualWatch)(self, reduce)
 
-    def verdict(self, state: State, reduce: Reduce) -> Tensor:
-        size, bound = self._measure(state, reduce)
-        status = torch.where(size > bound, int(Status.MAX_STEPS), int(Status.CONVERGED))
-        return status.masked_fill(~(size + bound).isfinite(), int(Status.NONFINITE))  # inf <= inf is no convergence
+
+class ResidualWatch:
+    """The score is the residual, relative or absolute as the stop has it."""
+
+    def __init__(self, stop: Residual, reduce: Reduce):
+        self.stop, self.reduce = stop, reduce
+        self.score: Tensor | None = None
+
+    def open(self, state: State, k: int) -> Tensor:
+        residual = self.residual(state)
+        if self.stop.best:
+            self.score = residual
+        return residual > self.stop.tol
 
     @torch.no_grad()
-    def _measure(self, state: State, reduce: Reduce) -> tuple[Tensor, Tensor]:
-        size = reduce.norm(state.F)
-        bound = reduce.norm(state.z + state.F) * self.tol if self.norm == "rel" else torch.full_like(size, self.tol)
-        return size.squeeze(1), bound.squeeze(1)
+    def residual(self, state: State) -> Tensor:
+        size = self.reduce.norm(state.F)
+        if self.stop.norm == "rel":
+            size = size / self.reduce.norm(state.z + state.F).clamp_min(torch.finfo(size.dtype).tiny)
+        return size.squeeze(1)
+
+    def verdict(self, state: State) -> Tensor:
+        """Stricter than `open`: a norm that overflowed is no convergence, though what is divided by it is zero."""
+        residual = self.residual(state)
+        status = torch.where(residual > self.stop.tol, int(Status.MAX_STEPS), int(Status.CONVERGED))
+        sane = (residual + self.reduce.norm(state.z + state.F).squeeze(1)).isfinite()
+        return status.masked_fill(~sane, int(Status.NONFINITE))
+
+
+class Impatient(ResidualWatch):
+    """With the papers' two ways to give up."""
+
+    stalled: Tensor  # (R,) bool
+    limit: Tensor  # (R,) residual that is too much
+
+    def open(self, state: State, k: int) -> Tensor:
+        residual, protect, patience = self.residual(state), self.stop.protect, self.stop.patience
+        self.score = residual if self.stop.best else None
+        if k == 0:
+            numbers = state.z.numel() // len(residual)
+            self.limit = residual * protect * numbers if protect else torch.full_like(residual, torch.inf)
+            self.stalled, self.recent = residual.new_zeros(len(residual), dtype=torch.bool), list[Tensor]()
+        open_rows = residual > self.stop.tol
+        self.stalled = self.stalled | (open_rows & (residual >= self.limit))
+        if patience:
+            self.recent = [*self.recent, residual][-patience:]
+        if len(self.recent) == patience > 0:
+            window = torch.stack(self.recent)
+            self.stalled |= open_rows & (residual <= 3 * self.stop.tol) & (window.amax(0) < 1.3 * window.amin(0))
+        return open_rows & ~self.stalled
+
+    def verdict(self, state: State) -> Tensor:
+        status = super().verdict(state)
+        return status.masked_fill((status == Status.MAX_STEPS) & self.stalled, int(Status.STALLED))
 
 
 class EndTime:
@@ -52,16 +105,26 @@ class EndTime:
 
     needs_equilibrium = False
 
-    def __init__(self, t1: float = 1.0, max_steps: int = 1000, per_sample: bool | Literal["auto"] = "auto"):
+    def __init__(self, t1: float = 1.0, max_steps: int = 1000, per_sample: PerSample = "auto"):
         if not 0 < t1 < math.inf:
             raise ValueError(f"stop.t1={t1} must be positive and finite")
         self.t1, self.max_steps, self.per_sample = float(t1), max_steps, per_sample
 
-    def open(self, state: State, k: int, reduce: Reduce) -> Tensor:
-        return reduce.whole(state.finite()) & (state.t < self.t1)
+    def watch(self, reduce: Reduce) -> EndTimeWatch:
+        return EndTimeWatch(self.t1, reduce)
 
-    def verdict(self, state: State, reduce: Reduce) -> Tensor:
-        return torch.where(state.t < self.t1, int(Status.MAX_STEPS), int(Status.REACHED_END))
+
+class EndTimeWatch:
+    score: Tensor | None = None
+
+    def __init__(self, t1: float, reduce: Reduce):
+        self.t1, self.reduce = t1, reduce
+
+    def open(self, state: State, k: int) -> Tensor:
+        return self.reduce.whole(state.finite() & (state.t < self.t1))
+
+    def verdict(self, state: State) -> Tensor:
+        return torch.where(self.reduce.whole(state.t < self.t1), int(Status.MAX_STEPS), int(Status.REACHED_END))
 
 
 class FixedSteps:
@@ -73,13 +136,24 @@ class FixedSteps:
     t1 = math.inf
     needs_equilibrium = True
 
-    def __init__(self, steps: int = 10, per_sample: bool | Literal["auto"] = "auto"):
+    def __init__(self, steps: int = 10, per_sample: PerSample = "auto"):
         if steps < 1:
             raise ValueError(f"stop.steps={steps} must be at least 1")
         self.steps, self.max_steps, self.per_sample = steps, steps - 1, per_sample
 
-    def open(self, state: State, k: int, reduce: Reduce) -> Tensor:
-        return reduce.whole(state.F.detach().sum(1).isfinite()) & (k < self.max_steps)
+    def watch(self, reduce: Reduce) -> FixedStepsWatch:
+        return FixedStepsWatch(self.max_steps, reduce)
 
-    def verdict(self, state: State, reduce: Reduce) -> Tensor:
-        return torch.full(state.t.shape, int(Status.REACHED_END), device=state.z.device)
+
+class FixedStepsWatch:
+    score: Tensor | None = None
+
+    def __init__(self, max_steps: int, reduce: Reduce):
+        self.max_steps, self.reduce = max_steps, reduce
+
+    @torch.no_grad()
+    def open(self, state: State, k: int) -> Tensor:
+        return self.reduce.whole(state.F.sum(1).isfinite() & (k < self.max_steps))
+
+    def verdict(self, state: State) -> Tensor:
+        return torch.full((len(state.z),), int(Status.REACHED_END), device=state.z.device)

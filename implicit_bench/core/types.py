@@ -9,7 +9,7 @@ import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ _ADVICE = {
     Status.MAX_STEPS: "the step cap came before the tolerance: raise stop.max_steps or loosen stop.tol",
     Status.STALLED: "the residual stopped falling: use another solver or damping, or regularise the Jacobian",
     Status.NONFINITE: "the state became infinite or NaN: lower the learning rate or damp the solver",
-    Status.STEP_TOO_SMALL: "the step size underflowed: the field is too stiff or not finite; loosen solver.rtol",
+    Status.STEP_TOO_SMALL: "the step size underflowed: the field is too stiff or not finite (loosen solver.rtol), or the "
+    "homotopy path turns back (use solver=anderson or another start)",
 }
 
 
@@ -62,7 +63,8 @@ class Stats:
     steps: Tensor  # (B,) int64: solver steps until the row ended
     nfe: Tensor  # (B,) int64: evaluations of F until the row ended
     calls: int  # evaluations of F in all, what the solve cost
-    residual: Tensor  # (B,) relative residual |F| / |z + F| at the end; NaN for an ODE, where |F| is a speed
+    residual: Tensor  # (B,) relative residual |F| / |z + F| of the value; NaN for an ODE, where |F| is a speed
+    trace: Tensor | None = None  # (steps + 1, B) the residual after every step, NaN after a row's end
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,45 @@ class Solution:
         return self.value + self.field
 
 
-class Solver(Protocol):
-    """Settings and two pure functions; the loop is `solve`. A step may evaluate F any number of times."""
+class Solver:
+    """Settings and two pure functions; the loop is `solve`. A step may evaluate F any number of times.
 
-    def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State: ...
-    def step(self, F: Field, state: State, reduce: Reduce) -> State: ...
+    What a solver of its own says about itself, to be refused in a sentence where it cannot work:
+    """
+
+    has_time: ClassVar[bool] = False  # it integrates in t and can land on an end time
+    one_call: ClassVar[bool] = True  # a step is one evaluation of F
+    needs_map: ClassVar[bool] = False  # F must be a FixedPoint whatever the stop
+
+    def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State:
+        t = torch.zeros(len(z0), dtype=_wide(z0.dtype), device=z0.device)
+        return State(z0, F(z0, t), t)
+
+    def step(self, F: Field, state: State, reduce: Reduce) -> State:
+        raise NotImplementedError
+
+    def moves(self, state: State, going: Tensor) -> Tensor:
+        """(R,) bool: which of the rows that go on still can; one that cannot ends as STEP_TOO_SMALL."""
+        return going
+
+
+@runtime_checkable
+class OwnLoop(Protocol):
+    """A solver of another library, which owns its loop."""
+
+    def integrate(self, F: Field, z0: Tensor, t1: float) -> Tensor: ...
+
+
+class Watch(Protocol):
+    """One solve as its stop sees it. R = B rows, or 1 where the batch is one system."""
+
+    score: Tensor | None  # (R,) of the state last opened, least at the best iterate; None: the last is the best
+
+    def open(self, state: State, k: int) -> Tensor:
+        """(R,) bool: which rows go on after step k. A NaN row must come out False."""
+
+    def verdict(self, state: State) -> Tensor:
+        """(R,) Status of the states returned, but for troubles of the loop's or the solver's own."""
 
 
 class Stop(Protocol):
@@ -91,11 +127,7 @@ class Stop(Protocol):
     max_steps: int
     needs_equilibrium: bool  # is |F| = 0 the goal? then F must be f - z
 
-    def open(self, state: State, k: int, reduce: Reduce) -> Tensor:
-        """(B,) bool: which rows go on after step k. A NaN row must come out False."""
-
-    def verdict(self, state: State, reduce: Reduce) -> Tensor:
-        """(B,) Status of rows that ended without any trouble of the loop's or the solver's own."""
+    def watch(self, reduce: Reduce) -> Watch: ...
 
 
 class Reduce:
@@ -121,8 +153,8 @@ class Reduce:
         return self.norm(a) / math.sqrt(count)
 
     def whole(self, rows: Tensor) -> Tensor:
-        """What holds for a row alone, (B,) bool: of each row, or for all of them where the batch is one system."""
-        return rows if self.per_sample else rows.all().expand_as(rows)
+        """(B,) bool -> (R,): what holds for each row, or for all of them where the batch is one system."""
+        return rows if self.per_sample else rows.all().unsqueeze(0)
 
     def gram(self, V: Tensor) -> Tensor:
         """All inner products of k states, (k, B, D) -> (R, k, k)."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adjoints import Adjoint, BackwardLog, Solve, Unroll
-from ..core import Field, FixedPoint, FixedSteps, Reduce, Solution, Solver, Stop
+from ..core import Field, FixedPoint, FixedSteps, OwnLoop, Reduce, Solution, Solver, Stop
 from ..solvers import Picard
 from .cells import Cell
 from .inits import Init
@@ -57,9 +57,14 @@ class ImplicitLayer(nn.Module):
         """`depth` plain applications of the cell with ordinary backpropagation: how the papers pretrain."""
         return self._run(x, Picard(), FixedSteps(depth), Unroll(), "equilibrium")
 
+    @property
+    def one_call(self) -> bool:
+        """Is a step of the solver one evaluation of the cell, so that a budget of evaluations is one of steps?"""
+        return isinstance(self.solver, Solver) and self.solver.one_call
+
     def within(self, x: Tensor, steps: int) -> LayerOutput:
         """The layer allowed only so many applications of the cell, at least one."""
-        if hasattr(self.solver, "tableau") or hasattr(self.solver, "integrate"):
+        if not self.one_call:
             raise ValueError(
                 f"solver={type(self.solver).__name__} takes several evaluations a step and cannot be held to {steps}; "
                 "use solver=picard or solver=anderson"
@@ -108,7 +113,7 @@ class ImplicitLayer(nn.Module):
 
     def _check(self) -> None:
         name = type(self.solver).__name__
-        is_ode = self.field == "ode"
+        is_ode, own_loop = self.field == "ode", isinstance(self.solver, OwnLoop)
         if self.field not in ("equilibrium", "ode"):
             raise ValueError(f"field={self.field!r} must be equilibrium or ode")
         if is_ode and self.stop.needs_equilibrium:
@@ -117,19 +122,18 @@ class ImplicitLayer(nn.Module):
         if is_ode and getattr(self.adjoint, "needs_equilibrium", False):
             raise ValueError(f"adjoint={type(self.adjoint).__name__} needs a fixed point, which field=ode does not "
                              "have; use adjoint=backsolve or adjoint=unroll")  # fmt: skip
-        if getattr(self.solver, "needs_end_time", False) and self.stop.t1 == float("inf"):
+        if own_loop and self.stop.t1 == float("inf"):
             raise ValueError(f"solver={name} integrates to an end time and cannot stop at a residual; use "
                              "stop=end_time or solver=tsit5")  # fmt: skip
-        if (
-            self.stop.t1 < float("inf")
-            and not hasattr(self.solver, "tableau")
-            and not hasattr(self.solver, "integrate")
-        ):
+        if self.stop.t1 < float("inf") and not (own_loop or self.solver.has_time):
             raise ValueError(f"solver={name} finds roots and has no time; use stop=residual or solver=tsit5")
-        if isinstance(self.stop, FixedSteps) and hasattr(self.solver, "tableau"):
+        if isinstance(self.stop, FixedSteps) and not self.one_call:
             raise ValueError(f"stop=fixed_steps counts applications of the cell, and solver={name} makes several a "
                              "step; use solver=picard or solver=anderson")  # fmt: skip
-        if getattr(self.adjoint, "unit_cotangent", False) and hasattr(self.solver, "integrate"):
+        if is_ode and getattr(self.solver, "needs_map", False):
+            raise ValueError(f"solver={name} follows a path to a fixed point, which field=ode does not have; use "
+                             "field=equilibrium or solver=tsit5")  # fmt: skip
+        if getattr(self.adjoint, "unit_cotangent", False) and own_loop:
             raise ValueError(f"adjoint.unit_cotangent=true is for our own solvers, but solver={name} brings "
                              "torchdiffeq's adjoint; use solver=tsit5")  # fmt: skip
         if getattr(self.adjoint, "needs_end_time", False) and self.stop.t1 == float("inf"):

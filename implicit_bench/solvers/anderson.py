@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import Field, Reduce, State
+from ..core import Field, Reduce, Solver, State
 
 
 class History(NamedTuple):
@@ -13,7 +13,7 @@ class History(NamedTuple):
     dG: tuple[Tensor, ...]  # (z_i+1 - z_i) + damping (F_i+1 - F_i)
 
 
-class Anderson:
+class Anderson(Solver):
     """Anderson acceleration (Anderson 1965; Walker & Ni, SIAM J. Numer. Anal. 2011, type II, difference form).
 
     gamma = argmin |F - dF gamma| over the last `window` differences; z <- z + damping F - dG gamma.
@@ -34,8 +34,7 @@ class Anderson:
         self.window, self.damping, self.ridge = window, float(damping), float(ridge)
 
     def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State:
-        t = z0.new_zeros(len(z0))
-        return State(z0, F(z0, t), t, History((), ()))
+        return super().init(F, z0, t1, reduce)._replace(mem=History((), ()))
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
         dF, dG = state.mem

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..core import Field, Reduce, State
+from ..core import Field, Reduce, Solver, State
 
 
-class Picard:
+class Picard(Solver):
     """Fixed-point iteration z <- z + damping F(z), that is z <- f(z) at damping 1.
 
     Cost: one evaluation a step, one state of memory. Linear convergence at the rate of |J| < 1; diverges beyond.
@@ -15,10 +15,6 @@ class Picard:
         if not 0 < damping <= 1:
             raise ValueError(f"solver.damping={damping} must lie in (0, 1]")
         self.damping = float(damping)
-
-    def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State:
-        t = z0.new_zeros(len(z0))
-        return State(z0, F(z0, t), t)
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
         z = state.z.add(state.F, alpha=self.damping)

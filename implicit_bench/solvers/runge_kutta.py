@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import Field, Reduce, State
+from ..core import Field, Reduce, Solver, State
 
 
 class Tableau(NamedTuple):
@@ -24,7 +24,7 @@ class Control(NamedTuple):
     t1: float
 
 
-class RungeKutta:
+class RungeKutta(Solver):
     """Step-size control by h <- h clip(safety (1/error)^(1/order)), error = rms(e / (atol + rtol max|z|)).
 
     Error and step size belong to a row or to the batch as `Reduce` says. Cost: `stages - 1` evaluations an attempt,
@@ -32,6 +32,7 @@ class RungeKutta:
     a step, so that they shrink it until STEP_TOO_SMALL. Explicit: slow on stiff fields.
     """
 
+    has_time, one_call = True, False
     tableau: ClassVar[Tableau]
     safety, shrink, grow = 0.9, 0.2, 10.0
 
@@ -62,9 +63,8 @@ class RungeKutta:
             dt = torch.minimum(dt * factor, t1 - t.unsqueeze(1))
         return State(torch.where(accept, new, z), torch.where(accept, stages[-1], k1), t, Control(dt, t1))
 
-    def stuck(self, state: State) -> Tensor:
-        """(B,) bool: the step no longer changes the time."""
-        return state.t + state.mem.dt.squeeze(1) == state.t
+    def moves(self, state: State, going: Tensor) -> Tensor:
+        return going & (state.mem.dt > torch.finfo(state.t.dtype).eps * state.t.unsqueeze(1).clamp_min(1e-5)).all(1)
 
     @torch.no_grad()
     def _first_step(self, F: Field, z: Tensor, F0: Tensor, t: Tensor, t1: float, reduce: Reduce) -> Tensor:

@@ -16,8 +16,6 @@ class TorchDiffeq:
     stages and the interpolant. A failed solve (its assertion on step size) comes back as NaN, status NONFINITE.
     """
 
-    needs_end_time = True
-
     def __init__(self, method: str = "dopri5", rtol: float = 1e-3, atol: float = 1e-3):
         from torchdiffeq._impl.odeint import SOLVERS
 

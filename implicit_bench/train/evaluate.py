@@ -36,8 +36,7 @@ def budgets(model: Classifier) -> tuple[int, ...]:
     layer = model.layer
     if layer.field != "equilibrium" or isinstance(layer.stop, FixedSteps):
         return ()
-    several = hasattr(layer.solver, "tableau") or hasattr(layer.solver, "integrate")  # evaluations a step
-    return (0,) if several else (0, 1, 2, 4)
+    return (0, 1, 2, 4) if layer.one_call else (0,)
 
 
 @torch.no_grad()
