@@ -29,7 +29,8 @@ class Residual:
     needs_equilibrium = True
 
     def __init__(self, tol: float = 1e-2, norm: Literal["rel", "abs"] = "rel", max_steps: int = 50,
-                 per_sample: PerSample = "auto", best: bool = True, patience: int = 0, protect: float = 0.0):  # fmt: skip
+                 per_sample: PerSample = "auto", best: bool = True,
+                 patience: int = 0, protect: float = 0.0):  # fmt: skip
         if not 0 < tol < math.inf:
             raise ValueError(f"stop.tol={tol} must be positive and finite, such as 1e-2")
         if norm not in ("rel", "abs"):

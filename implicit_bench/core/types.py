@@ -39,8 +39,8 @@ _ADVICE = {
     Status.MAX_STEPS: "the step cap came before the tolerance: raise stop.max_steps or loosen stop.tol",
     Status.STALLED: "the residual stopped falling: use another solver or damping, or regularise the Jacobian",
     Status.NONFINITE: "the state became infinite or NaN: lower the learning rate or damp the solver",
-    Status.STEP_TOO_SMALL: "the step size underflowed: the field is too stiff or not finite (loosen solver.rtol), or the "
-    "homotopy path turns back (use solver=anderson or another start)",
+    Status.STEP_TOO_SMALL: "the step size underflowed: the field is too stiff or not finite (loosen solver.rtol), "
+    "or the homotopy's path turns back (use solver=anderson or another start)",
 }
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from problems import BATCH, PER_SAMPLE, Watched, affine, contraction, random, tanh_map
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit_bench.adjoints import gmres
 from implicit_bench.core import EndTime, FixedPoint, FixedSteps, Residual, Status, solve
@@ -27,10 +28,10 @@ class Event:
 @pytest.fixture
 def late(monkeypatch):
     """Makes every flag a late one, as on CUDA, from the moment it is called."""
-    empty, init = torch.empty, OpenRows.__init__
+    empty = torch.empty
 
     def force():
-        monkeypatch.setattr(OpenRows, "__init__", lambda self, late: init(self, True))
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
 
@@ -75,10 +76,35 @@ def test_late_reading_changes_nothing_but_the_calls(name, reduce, late):
 def test_the_host_reads_only_what_it_has_waited_for(late):
     late()
     Event.waited = 0
-    flag = OpenRows(False)
+    flag = OpenRows(True)
     rows = [torch.tensor([True, True]), torch.tensor([True, False]), torch.tensor([False, False])]
     assert [flag.read(r) for r in rows] == [1, 2, 1]  # nothing known yet, then the count of the call before
     assert Event.waited == 2
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a scalar read, or a shape that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+        self.reads += func.overloadpacket.__name__ in waits
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("reduce", [PER_SAMPLE, BATCH], ids=["per_sample", "batch"])
+def test_on_cuda_the_host_never_waits_within_a_solve(name, reduce, late):
+    """Each step reads the flag of the step before, which was copied to the host long ago; nothing else is read."""
+    F, solver, stop, _ = CASES[name]
+    late()
+    Event.waited = 0
+    with Reads() as seen:
+        s = solve(F, START, solver=solver, stop=stop, reduce=reduce)
+    assert seen.reads == Event.waited <= int(s.stats.steps.max()) + 1
 
 
 def test_a_late_linear_solve_is_the_same_and_counts_its_product_in_vain(late):

@@ -28,8 +28,8 @@ def test_combine():
 def test_what_holds_for_a_row():
     rows = torch.tensor([True, False, True])
     assert PER_SAMPLE.whole(rows).tolist() == [True, False, True]
-    assert BATCH.whole(rows).tolist() == [False] * 3
-    assert BATCH.whole(torch.ones(3, dtype=torch.bool)).tolist() == [True] * 3
+    assert BATCH.whole(rows).tolist() == [False]
+    assert BATCH.whole(torch.ones(3, dtype=torch.bool)).tolist() == [True]
 
 
 def test_sums_of_low_precision_are_float32():

@@ -6,7 +6,17 @@ import pytest
 import torch
 from problems import BATCH, PER_SAMPLE, Watched, affine, close, contraction, f64, random, tanh_map
 
-from implicit_bench.core import EndTime, FixedPoint, FixedSteps, Residual, State, Status, relative_residual, solve
+from implicit_bench.core import (
+    EndTime,
+    FixedPoint,
+    FixedSteps,
+    Residual,
+    Solver,
+    State,
+    Status,
+    relative_residual,
+    solve,
+)
 from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
 
 RATES = (0.1, 0.5, -0.7, 0.9)
@@ -90,6 +100,77 @@ def test_max_steps_is_a_cap_and_says_so():
     close(s.value[1], f64([1 + 0.99**30] * D), 1e-14)
 
 
+FALL_AND_RISE = f64([[0.1, 1.2, 1.2], [0.1, 1.1, 1.1], [0.5, 0.5, 0.5], [0.2, -1.3, 1.0]])
+SMALL = f64([[1.0, 1e-4, 0.0], [1.0, 1e-6, 0.0], [1.0, 1.0, 1.0], [1.0, 1e-3, 0.0]])
+
+
+@pytest.mark.parametrize("reduce", [PER_SAMPLE, BATCH], ids=["per_sample", "batch"])
+@pytest.mark.parametrize("norm", ["rel", "abs"])
+def test_a_row_that_does_not_converge_returns_its_best_iterate(reduce, norm):
+    """f(z) = 1 + r (z - 1) by components: the error r^k e of one falls while that of another rises."""
+    F = FixedPoint(lambda z, t: 1 + FALL_AND_RISE * (z - 1))
+    stop = Residual(1e-9, norm, max_steps=25)
+    s = solve(F, 1 + SMALL, solver=Picard(), stop=stop, reduce=reduce)
+    last = solve(F, 1 + SMALL, solver=Picard(), stop=Residual(1e-9, norm, 25, best=False), reduce=reduce)
+    path = torch.stack([1 + FALL_AND_RISE**k * SMALL for k in range(26)])
+    sizes = torch.stack([reduce.norm(F(z, z)) / (reduce.norm(z + F(z, z)) if norm == "rel" else 1) for z in path])
+    best = sizes.argmin(0).squeeze(1)
+    assert len(set(best.tolist())) == len(best), "each row must have a best of its own for this to test anything"
+    rows = torch.arange(4)
+    close(s.value, path[best.expand(4), rows], 1e-14)
+    close(s.field, F(s.value, s.value), 1e-14)
+    close(last.value, path[25], 1e-12)
+    ended = [Status.MAX_STEPS] * 4
+    assert s.status.tolist() == last.status.tolist() == ended
+    assert s.stats.steps.tolist() == [25] * 4
+
+
+def test_anderson_returns_the_best_of_its_path():
+    """Its residual rises and falls; what the trace saw least is what comes back, converged or not."""
+    F = FixedPoint(lambda z, t: torch.tanh(3 * z @ contraction(6, 1.0)) + random(5, 6, seed=3))
+    worse = False
+    for cap in (3, 6, 8, 12):
+        s = solve(F, torch.zeros(5, 6).double(), solver=Anderson(3), stop=Residual(1e-12, max_steps=cap),
+                  reduce=PER_SAMPLE, trace=True)  # fmt: skip
+        close(s.stats.residual, s.stats.trace.amin(0), 0)
+        worse |= bool((s.stats.trace.argmin(0) < cap).any())
+    assert worse, "some row must be worse at its last step for this to test anything"
+
+
+def test_the_trace_is_the_residual_of_every_step_until_the_row_ends():
+    s = solve(affine(RATES), START, solver=Picard(), stop=Residual(1e-3), reduce=PER_SAMPLE, trace=True)
+    steps = s.stats.steps.tolist()
+    assert s.stats.trace.shape == (max(steps) + 1, 4)
+    for i, (r, n) in enumerate(zip(RATES, steps)):
+        law = [abs((r - 1) * r**k / (1 + r ** (k + 1))) for k in range(n + 1)]
+        close(s.stats.trace[: n + 1, i], f64(law), 1e-13)
+        assert bool(s.stats.trace[n + 1 :, i].isnan().all())
+    assert solve(affine(RATES), START, solver=Picard(), stop=Residual(1e-3)).stats.trace is None
+
+
+def test_patience_ends_a_solve_that_hovers_near_its_tolerance():
+    """Within 3 tol and 1.3 of itself over 30 steps: a rate of .999 does, one of .98 (1.8 in 30 steps) does not."""
+    F = affine((0.999, 0.98, 0.5))
+    tol, z0 = 3e-4, f64([[2.0] * D] * 3)
+    s = solve(F, z0, solver=Picard(), stop=Residual(tol, max_steps=300, patience=30), reduce=PER_SAMPLE)
+    assert s.status.tolist() == [Status.STALLED, Status.CONVERGED, Status.CONVERGED]
+    assert s.stats.steps[0] == 29  # thirty residuals, the start's among them; (1 - .999) / 2 is within 3 tol at once
+    far = solve(F, z0, solver=Picard(), stop=Residual(1e-5, max_steps=400, patience=30), reduce=PER_SAMPLE)
+    assert far.status.tolist() == [Status.MAX_STEPS, Status.CONVERGED, Status.CONVERGED]  # hovers, but far from it
+
+
+@pytest.mark.parametrize("reduce", [PER_SAMPLE, BATCH], ids=["per_sample", "batch"])
+def test_protection_ends_a_solve_that_runs_away(reduce):
+    """Ended when |F_k| = 2^k |F_0| reaches 10 |F_0| times the numbers in the state: 2^5 >= 10 D, 2^6 >= 10 * 2 D."""
+    stop = Residual(1e-6, "abs", max_steps=100, protect=10.0)
+    s = solve(affine((3.0, 3.0)), START[:2], solver=Picard(), stop=stop, reduce=reduce)
+    rows = 1 if reduce is PER_SAMPLE else 2
+    k = next(k for k in range(100) if 3**k >= 10 * D * rows)
+    assert s.status.tolist() == [Status.STALLED] * 2
+    assert s.stats.steps.tolist() == [k] * 2
+    close(s.value, START[:2], 0)  # the best was the start
+
+
 def test_reached_end_is_for_end_times_and_fixed_steps():
     s = solve(lambda z, t: -z, torch.ones(2, 1).double(), solver=Tsit5(1e-9, 1e-9), stop=EndTime(1.0))
     assert s.status.tolist() == [Status.REACHED_END] * 2
@@ -132,7 +213,9 @@ def tanh_elementwise(limit=math.inf):
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=["picard", "anderson"])
-@pytest.mark.parametrize("stop", [Residual(1e-9, max_steps=200), FixedSteps(12)], ids=["residual", "fixed"])
+@pytest.mark.parametrize(
+    "stop", [Residual(1e-9, max_steps=200, best=False), FixedSteps(12)], ids=["residual", "fixed"]
+)
 def test_a_row_that_goes_nan_keeps_its_last_finite_value_and_disturbs_nobody(solver, stop):
     z0 = START
     sick = solve(affine((0.5, 3.0, -0.7, 0.9), limit=100.0), z0, solver=solver, stop=stop, reduce=PER_SAMPLE)
@@ -146,6 +229,9 @@ def test_a_row_that_goes_nan_keeps_its_last_finite_value_and_disturbs_nobody(sol
         assert sick.status[1] == Status.NONFINITE
         # 1 + 3^k: 2 4 10 28 82 244, and f(244) is NaN: the fifth step ends it
         assert sick.value[1].tolist() == [82.0] * D
+        F = affine((0.5, 3.0, -0.7, 0.9), limit=100.0)
+        best = solve(F, z0, solver=solver, stop=Residual(1e-9), reduce=PER_SAMPLE)
+        assert (best.status[1], best.value[1].tolist()) == (Status.NONFINITE, [2.0] * D)  # the start was its best
         assert sick.field[1].tolist() == [(3 * 82.0 - 2) - 82] * D
         assert (int(sick.stats.steps[1]), int(sick.stats.nfe[1])) == (5, 6)
     else:  # Anderson solves a row of one rate, expansive or not
@@ -169,7 +255,7 @@ def test_a_nan_row_does_not_spread_through_andersons_small_systems():
 def test_a_batch_that_is_one_system_ends_as_one():
     """With one norm for the batch a NaN anywhere ends all of it; no row may then blame the step cap."""
     s = solve(affine((0.5, 3.0), limit=100.0), START[:2], solver=Picard(),
-              stop=Residual(1e-9, max_steps=200), reduce=BATCH)  # fmt: skip
+              stop=Residual(1e-9, max_steps=200, best=False), reduce=BATCH)  # fmt: skip
     assert s.status.tolist() == [Status.NONFINITE] * 2
     assert s.stats.steps.tolist() == [5, 5]
     assert s.value[1].tolist() == [82.0] * D
@@ -188,12 +274,8 @@ def test_divergence_is_never_called_convergence(reduce, norm, rate):
     assert bool(s.field.isfinite().all())
 
 
-class Euler:
-    """A solver that takes what it gets: steps of a quarter, NaN or not."""
-
-    def init(self, F, z0, t1, reduce):
-        t = z0.new_zeros(len(z0))
-        return State(z0, F(z0, t), t)
+class Quarters(Solver):
+    """A solver that takes what it gets: Euler steps of a quarter, NaN or not."""
 
     def step(self, F, state, reduce):
         z, t = state.z + 0.25 * state.F, state.t + 0.25
@@ -207,7 +289,7 @@ def test_a_nan_on_the_way_to_an_end_time_ends_its_row():
     def F(z, t):
         return torch.where(t[:, None] > until, torch.nan, torch.ones_like(z))
 
-    s = solve(F, f64([[0.0], [0.0]]), solver=Euler(), stop=EndTime(2.0), reduce=PER_SAMPLE)
+    s = solve(F, f64([[0.0], [0.0]]), solver=Quarters(), stop=EndTime(2.0), reduce=PER_SAMPLE)
     assert s.status.tolist() == [Status.REACHED_END, Status.NONFINITE]
     assert s.value.tolist() == [[2.0], [0.5]]
     assert (s.stats.steps.tolist(), s.stats.nfe.tolist(), s.stats.calls) == ([8, 3], [9, 4], 9)

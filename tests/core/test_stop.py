@@ -10,6 +10,8 @@ from implicit_bench.core import EndTime, FixedSteps, Residual
         (lambda: Residual(tol=float("nan")), "stop.tol=nan must be positive"),
         (lambda: Residual(max_steps=0), "stop.max_steps=0 must be at least 1"),
         (lambda: Residual(norm="relative"), "stop.norm='relative' must be rel or abs"),
+        (lambda: Residual(patience=-1), "stop.patience=-1 and stop.protect=0.0 must not be negative; 0 is never"),
+        (lambda: Residual(protect=float("nan")), "stop.patience=0 and stop.protect=nan must not be negative"),
         (lambda: EndTime(t1=0), "stop.t1=0 must be positive and finite"),
         (lambda: EndTime(t1=float("inf")), "stop.t1=inf must be positive and finite"),
         (lambda: FixedSteps(steps=0), "stop.steps=0 must be at least 1"),
