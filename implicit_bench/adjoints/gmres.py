@@ -36,8 +36,8 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
     tiny, noise = torch.finfo(dtype).tiny, 10 * torch.finfo(dtype).eps
     solvable = beta.isfinite() & (beta > tiny**0.5)  # below that the squares in a norm underflow: x = 0 is as good
     cap = min(max_iter, 8)  # the basis grows as needed: most solves end long before max_iter
-    V = b.new_empty((cap + 1, *b.shape))
-    V[0] = torch.where(solvable, b / beta, 0.0)
+    V = b.new_empty((len(b), cap + 1, b.shape[1]))
+    V[:, 0] = torch.where(solvable, b / beta, 0.0)
     H = torch.zeros(R, cap, cap, dtype=dtype, device=b.device)  # becomes upper triangular
     Q = torch.eye(cap + 1, dtype=dtype, device=b.device).repeat(R, 1, 1)  # the product of the Givens rotations
     residual, iterations = beta.clone(), torch.zeros_like(beta, dtype=torch.int64)
@@ -46,14 +46,14 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
     while j < max_iter and rows.read(active):
         if j == cap:
             more = min(cap, max_iter - cap)
-            V = torch.cat((V, V.new_empty((more, *b.shape))))
+            V = torch.cat((V, V.new_empty((len(b), more, b.shape[1]))), 1)
             H = nnf.pad(H, (0, more, 0, more))
             Q = nnf.pad(Q, (0, more, 0, more))
             Q.diagonal(dim1=1, dim2=2)[:, cap + 1 :] = 1.0
             cap += more
-        w = A(V[j])
+        w = A(V[:, j])
         products += 1
-        basis = V[: j + 1]
+        basis = V[:, : j + 1]
         h = reduce.dots(basis, w)
         w = w - reduce.combine(h, basis)
         again = reduce.dots(basis, w)  # orthogonalised twice: classical Gram-Schmidt alone loses it in float32
@@ -65,7 +65,7 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         last = rotated[:, j:]
         rho = torch.hypot(last, norm)
         active = active & (rho > 10 * floor)  # a breakdown without convergence: A is singular on this space
-        V[j + 1] = torch.where(active & (norm > floor), w / norm, 0.0)  # rows not active must stay finite
+        V[:, j + 1] = torch.where(active & (norm > floor), w / norm, 0.0)  # rows not active must stay finite
         c, s = (last / rho).unsqueeze(2), (norm / rho).unsqueeze(2)
         H[:, :j, j], H[:, j, j] = rotated[:, :j], rho.squeeze(1)
         upper, lower = Q[:, j : j + 1], Q[:, j + 1 : j + 2]
@@ -81,7 +81,7 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         g = torch.where(own, beta * Q[:, :j, 0], 0.0).unsqueeze(2)
         H = torch.where(own.unsqueeze(1), H[:, :j, :j], torch.eye(j, dtype=dtype, device=b.device))
         y = torch.linalg.solve_triangular(H, g, upper=True).squeeze(2)
-        x = reduce.combine(y, V[:j])
+        x = reduce.combine(y, V[:, :j])
     relative = residual / beta.clamp_min(tiny)
     converged = (residual <= bound) & beta.isfinite() | (beta <= tiny**0.5)
     return LinearSolution(x, iterations, products, relative, beta, converged)

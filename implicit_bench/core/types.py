@@ -135,7 +135,8 @@ class Reduce:
 
     per_sample: a row's step size, mixing weights and stopping depend on that row alone; scalars are (R, 1), R = B.
     Otherwise the batch is one long vector, R = 1: what batch-coupled cells (batch statistics) need.
-    Sums are float32 or better whatever the state's dtype. Stacks of k states are (k, B, D).
+    Sums are float32 or better whatever the state's dtype. Stacks of k states are (B, k, D), which matrix products
+    read fastest in both modes: a product with a (k, B, D) stack takes up to twice as long and copies it when large.
     """
 
     def __init__(self, per_sample: bool):
@@ -157,25 +158,21 @@ class Reduce:
         return rows if self.per_sample else rows.all().unsqueeze(0)
 
     def gram(self, V: Tensor) -> Tensor:
-        """All inner products of k states, (k, B, D) -> (R, k, k)."""
-        rows = V.to(_wide(V.dtype)).transpose(0, 1) if self.per_sample else V.to(_wide(V.dtype)).flatten(1).unsqueeze(0)
-        gram: Tensor = rows @ rows.mT
-        return gram
+        """All inner products of k states, (B, k, D) -> (R, k, k)."""
+        V = V.to(_wide(V.dtype))
+        return self._rows(torch.bmm(V, V.mT))
 
     def dots(self, V: Tensor, w: Tensor) -> Tensor:
-        """<V_i, w>: (k, B, D), (B, D) -> (R, k)."""
+        """<V_i, w>: (B, k, D), (B, D) -> (R, k)."""
         V, w = V.to(_wide(V.dtype)), w.to(_wide(w.dtype))
-        if self.per_sample:
-            products: Tensor = torch.linalg.vecdot(V, w)
-            return products.T.contiguous()  # bmm takes ten times as long with a transposed one
-        return torch.mv(V.flatten(1), w.flatten()).unsqueeze(0)
+        return self._rows(torch.bmm(w.unsqueeze(1), V.mT).squeeze(1))
 
     def combine(self, h: Tensor, V: Tensor) -> Tensor:
-        """sum_i h_i V_i: (R, k), (k, B, D) -> (B, D), in V's dtype."""
-        h = h.to(V.dtype)
-        if self.per_sample:
-            return torch.bmm(h.unsqueeze(1), V.transpose(0, 1)).squeeze(1)
-        return torch.mm(h, V.flatten(1)).view(V.shape[1:])
+        """sum_i h_i V_i: (R, k), (B, k, D) -> (B, D), in V's dtype."""
+        return torch.bmm(h.to(V.dtype).unsqueeze(1).expand(len(V), -1, -1), V).squeeze(1)
+
+    def _rows(self, sums: Tensor) -> Tensor:
+        return sums if self.per_sample else sums.sum(0, keepdim=True)
 
 
 class FixedPoint:

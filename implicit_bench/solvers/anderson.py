@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from ..core import Field, Reduce, Solver, State
+from .memory import remember
 
 
 class History(NamedTuple):
-    dF: tuple[Tensor, ...]  # F_i+1 - F_i, newest last, each (B, D)
-    dG: tuple[Tensor, ...]  # (z_i+1 - z_i) + damping (F_i+1 - F_i)
+    """The last differences in a ring: entry i of every part is of the same step. Unused entries are zero."""
+
+    steps: int
+    dF: Tensor  # (B, window, D): F_i+1 - F_i
+    dG: Tensor  # (B, window, D): (z_i+1 - z_i) + damping (F_i+1 - F_i)
+    gram: Tensor  # (R, window, window): <dF_i, dF_j>
 
 
 class Anderson(Solver):
@@ -34,26 +39,33 @@ class Anderson(Solver):
         self.window, self.damping, self.ridge = window, float(damping), float(ridge)
 
     def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State:
-        return super().init(F, z0, t1, reduce)._replace(mem=History((), ()))
+        state = super().init(F, z0, t1, reduce)
+        stack = z0.new_zeros(len(z0), self.window, z0.shape[1])
+        gram = torch.zeros_like(reduce.gram(stack[:, :, :0]))
+        return state._replace(mem=History(0, stack, stack.clone(), gram))
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
-        dF, dG = state.mem
+        k, dF, dG, gram = state.mem
+        used, slot = min(k, self.window), k % self.window
         z = state.z.add(state.F, alpha=self.damping)
-        if dF:
-            z = z - reduce.combine(self._mix(dF, state.F, reduce), torch.stack(dG))
+        if used:
+            gamma = self._mix(gram[:, :used, :used], reduce.dots(dF[:, :used], state.F))
+            z = z - reduce.combine(gamma, dG[:, :used])
         Fz = F(z, state.t)
         df = Fz - state.F
-        keep = slice(-(self.window - 1), None) if self.window > 1 else slice(0)
-        mem = History((*dF[keep], df), (*dG[keep], (z - state.z).add(df, alpha=self.damping)))
-        return State(z, Fz, state.t, mem)
+        dF = remember(dF, slot, df)
+        dG = remember(dG, slot, (z - state.z).add_(df, alpha=self.damping))
+        used = min(k + 1, self.window)
+        row = reduce.dots(dF[:, :used], df)
+        gram = gram.clone() if row.requires_grad else gram
+        gram[:, slot, :used] = gram[:, :used, slot] = row
+        return State(z, Fz, state.t, History(k + 1, dF, dG, gram))
 
-    def _mix(self, dF: tuple[Tensor, ...], F: Tensor, reduce: Reduce) -> Tensor:
-        """gamma, (R, window). The Gram matrix of the differences and F together holds the right-hand side as well."""
-        gram = reduce.gram(torch.stack((*dF, F)))
-        A, b = gram[:, :-1, :-1], gram[:, :-1, -1:]
-        scale = A.diagonal(dim1=1, dim2=2).unsqueeze(2).clamp_min(torch.finfo(A.dtype).tiny).rsqrt()
-        A = A * scale * scale.mT
+    def _mix(self, gram: Tensor, b: Tensor) -> Tensor:
+        """gamma, (R, k), of the scaled normal equations."""
+        scale = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt().unsqueeze(2)
+        A = gram * scale * scale.mT
         A.diagonal(dim1=1, dim2=2).add_(self.ridge)
         L, info = torch.linalg.cholesky_ex(A)
-        gamma = torch.cholesky_solve(b * scale, L) * scale
+        gamma = torch.cholesky_solve(b.unsqueeze(2) * scale, L) * scale
         return torch.where((info == 0)[:, None, None], gamma, 0.0).squeeze(2)

@@ -3,7 +3,7 @@
 import torch
 from problems import BATCH, PER_SAMPLE, close, random
 
-V, W, H = random(3, 4, 5), random(4, 5, seed=1), random(4, 3, seed=2)
+V, W, H = random(4, 3, 5), random(4, 5, seed=1), random(4, 3, seed=2)
 
 
 def test_norm_and_rms():
@@ -14,15 +14,15 @@ def test_norm_and_rms():
 
 
 def test_gram_and_dots():
-    close(PER_SAMPLE.gram(V), torch.stack([V[:, b] @ V[:, b].T for b in range(4)]), 1e-13)
-    close(BATCH.gram(V), (V.flatten(1) @ V.flatten(1).T).unsqueeze(0), 1e-13)
-    close(PER_SAMPLE.dots(V, W), torch.stack([V[:, b] @ W[b] for b in range(4)]), 1e-13)
-    close(BATCH.dots(V, W), (V.flatten(1) @ W.flatten()).unsqueeze(0), 1e-13)
+    close(PER_SAMPLE.gram(V), torch.stack([V[b] @ V[b].T for b in range(4)]), 1e-13)
+    close(BATCH.gram(V), sum(V[b] @ V[b].T for b in range(4)).unsqueeze(0), 1e-13)
+    close(PER_SAMPLE.dots(V, W), torch.stack([V[b] @ W[b] for b in range(4)]), 1e-13)
+    close(BATCH.dots(V, W), sum(V[b] @ W[b] for b in range(4)).unsqueeze(0), 1e-13)
 
 
 def test_combine():
-    close(PER_SAMPLE.combine(H, V), sum(H[:, i : i + 1] * V[i] for i in range(3)), 1e-13)
-    close(BATCH.combine(H[:1], V), sum(H[0, i] * V[i] for i in range(3)), 1e-13)
+    close(PER_SAMPLE.combine(H, V), sum(H[:, i : i + 1] * V[:, i] for i in range(3)), 1e-13)
+    close(BATCH.combine(H[:1], V), sum(H[0, i] * V[:, i] for i in range(3)), 1e-13)
 
 
 def test_what_holds_for_a_row():
@@ -35,7 +35,7 @@ def test_what_holds_for_a_row():
 def test_sums_of_low_precision_are_float32():
     """bfloat16 cannot count beyond 256: a sum of 4096 ones in it is 256."""
     ones = torch.ones(2, 4096, dtype=torch.bfloat16)
-    stack = torch.stack([ones, ones])
+    stack = torch.stack([ones, ones], 1)
     for reduce, rows in ((PER_SAMPLE, 1), (BATCH, 2)):
         for got, wanted in (
             (reduce.norm(ones), (4096 * rows) ** 0.5),
