@@ -35,23 +35,29 @@ def solve(F: Field, z0: Tensor, *, solver: Solver | OwnLoop, stop: Stop, reduce:
         return _whole(F, z0, solver, stop)
     measured = stop.needs_equilibrium or isinstance(F, FixedPoint)  # else |F| is a speed, not a residual
     F = Counted(F)
-    solver = Traced(solver) if trace else solver
     state = solver.init(F, z0, stop.t1, reduce)
     watch = stop.watch(reduce)
-    running = watch.open(state, 0)  # (R,): R = B rows, or the batch as one
+    seen: list[Tensor] = []
+
+    def look_and_trace(state: State, k: int) -> Tensor:
+        seen.append(relative_residual(state.z, state.F))
+        return watch.open(state, k)
+
+    look = look_and_trace if trace else watch.open
+    look = torch.no_grad()(look) if torch.is_grad_enabled() else look
+    running = look(state, 0)  # (R,): R = B rows, or the batch as one
     flag = OpenRows(z0.is_cuda)
     best = _Best(state, watch.score, flag.late)
-    steps = torch.zeros_like(running, dtype=torch.int64)
-    bad = torch.zeros_like(running)
+    steps, bad = torch.zeros_like(running, dtype=torch.int64), torch.zeros_like(running)
     n_open, nfe = flag.read(running), [F.nfe]
     while n_open and len(nfe) <= stop.max_steps:
         state = solver.step(F, state, reduce)
         k = len(nfe)
         nfe.append(F.nfe)
-        going = solver.moves(state, watch.open(state, k))
+        going = solver.moves(state, look(state, k))
         score = watch.score
         if not flag.late:
-            improves = going if score is None else going & (score < best.least)
+            improves = going if score is None or best.least is None else going & (score < best.least)
             if flag.read(improves if n_open == len(running) else improves & running) == n_open:
                 best.at, best.least, best.fresh = state, score, running  # nothing to set aside
                 continue
@@ -62,22 +68,29 @@ def solve(F: Field, z0: Tensor, *, solver: Solver | OwnLoop, stop: Stop, reduce:
         best.see(state, score, alive, running)
         n_open = flag.read(running)
     value = best.close(running)
-    steps = torch.where(running, len(nfe) - 1, steps).expand(len(z0))
     with torch.no_grad():
-        status = watch.verdict(value)
-        stuck = (status == Status.MAX_STEPS) & ~running & ~bad  # neither the stop nor the cap ended it: the solver did
-        status = status.masked_fill(stuck, int(Status.STEP_TOO_SMALL))
-        status = status.masked_fill(bad | ~reduce.whole(value.finite()), int(Status.NONFINITE)).expand(len(z0))
+        steps = torch.where(running, len(nfe) - 1, steps).expand(len(z0))
+        status = watch.verdict(value).masked_fill(bad, int(Status.NONFINITE))
+        if solver.has_time:  # a row that neither the stop nor the cap ended: the solver gave it up
+            stuck = (status == Status.MAX_STEPS) & ~running
+            status = status.masked_fill(stuck, int(Status.STEP_TOO_SMALL))
         residual = relative_residual(value.z, value.F) if measured else value.t.new_full(value.t.shape, torch.nan)
-        history = solver.residuals(steps) if isinstance(solver, Traced) else None
-        spent = torch.tensor(nfe, device=z0.device)[steps]
-    return Solution(value.z, value.F, status, Stats(steps, spent, F.nfe, residual, history), state.mem)
+        stats = Stats(steps, torch.tensor(nfe, device=z0.device)[steps], F.nfe, residual, _history(seen, steps))
+    return Solution(value.z, value.F, status.expand(len(z0)), stats, state.mem)
 
 
 def relative_residual(z: Tensor, F: Tensor) -> Tensor:
     """|F| / |z + F| of each row, (B,): the step f(z) - z measured against f(z)."""
     rows = Reduce(per_sample=True)
     return (rows.norm(F) / rows.norm(z + F).clamp_min(torch.finfo(torch.float32).tiny)).squeeze(1)
+
+
+def _history(seen: list[Tensor], steps: Tensor) -> Tensor | None:
+    """(steps + 1, B); NaN after a row's end."""
+    if not seen:
+        return None
+    after = torch.arange(len(seen), device=steps.device).unsqueeze(1) > steps
+    return torch.stack(seen).masked_fill(after, torch.nan)
 
 
 def _whole(F: Field, z0: Tensor, solver: OwnLoop, stop: Stop) -> Solution:
@@ -121,9 +134,7 @@ class _Best:
         self.at, self.fresh = new, better & still
 
     def close(self, running: Tensor) -> State:
-        if self.fresh is not None:
-            self.kept = _put(self.kept, self.fresh & running, self.at)
-        return self.kept
+        return self.kept if self.fresh is None else _put(self.kept, self.fresh & running, self.at)
 
 
 def _put(kept: State, rows: Tensor, new: State) -> State:
@@ -139,34 +150,6 @@ def _put(kept: State, rows: Tensor, new: State) -> State:
 def _put_masked(kept: State, rows: Tensor, new: State) -> State:
     at = rows.unsqueeze(1)
     return State(torch.where(at, new.z, kept.z), torch.where(at, new.F, kept.F), torch.where(rows, new.t, kept.t))
-
-
-class Traced(Solver):
-    """A solver whose steps are watched: the relative residual of every state, whatever the stop asks."""
-
-    def __init__(self, solver: Solver):
-        self.solver = solver
-        self.rows: list[Tensor] = []
-
-    def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State:
-        return self._seen(self.solver.init(F, z0, t1, reduce))
-
-    def step(self, F: Field, state: State, reduce: Reduce) -> State:
-        return self._seen(self.solver.step(F, state, reduce))
-
-    def moves(self, state: State, going: Tensor) -> Tensor:
-        return self.solver.moves(state, going)
-
-    def residuals(self, steps: Tensor) -> Tensor:
-        """(steps + 1, B); NaN after a row's end."""
-        all_rows = torch.stack(self.rows)
-        after = torch.arange(len(all_rows), device=steps.device).unsqueeze(1) > steps
-        return all_rows.masked_fill(after, torch.nan)
-
-    @torch.no_grad()
-    def _seen(self, state: State) -> State:
-        self.rows.append(relative_residual(state.z, state.F))
-        return state
 
 
 class OpenRows:

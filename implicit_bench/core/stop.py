@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .types import Reduce, State, Status
 
+_TINY = torch.finfo(torch.float32).tiny
 PerSample = bool | Literal["auto"]
 
 
@@ -59,11 +60,11 @@ class ResidualWatch:
             self.score = residual
         return residual > self.stop.tol
 
-    @torch.no_grad()
     def residual(self, state: State) -> Tensor:
         size = self.reduce.norm(state.F)
         if self.stop.norm == "rel":
-            size = size / self.reduce.norm(state.z + state.F).clamp_min(torch.finfo(size.dtype).tiny)
+            fz = state.z + state.F if state.fz is None else state.fz
+            size = size / self.reduce.norm(fz).clamp_min(_TINY)
         return size.squeeze(1)
 
     def verdict(self, state: State) -> Tensor:
@@ -111,21 +112,8 @@ class EndTime:
             raise ValueError(f"stop.t1={t1} must be positive and finite")
         self.t1, self.max_steps, self.per_sample = float(t1), max_steps, per_sample
 
-    def watch(self, reduce: Reduce) -> EndTimeWatch:
-        return EndTimeWatch(self.t1, reduce)
-
-
-class EndTimeWatch:
-    score: Tensor | None = None
-
-    def __init__(self, t1: float, reduce: Reduce):
-        self.t1, self.reduce = t1, reduce
-
-    def open(self, state: State, k: int) -> Tensor:
-        return self.reduce.whole(state.finite() & (state.t < self.t1))
-
-    def verdict(self, state: State) -> Tensor:
-        return torch.where(self.reduce.whole(state.t < self.t1), int(Status.MAX_STEPS), int(Status.REACHED_END))
+    def watch(self, reduce: Reduce) -> ClockWatch:
+        return ClockWatch(self.t1, Status.MAX_STEPS, reduce)
 
 
 class FixedSteps:
@@ -142,19 +130,21 @@ class FixedSteps:
             raise ValueError(f"stop.steps={steps} must be at least 1")
         self.steps, self.max_steps, self.per_sample = steps, steps - 1, per_sample
 
-    def watch(self, reduce: Reduce) -> FixedStepsWatch:
-        return FixedStepsWatch(self.max_steps, reduce)
+    def watch(self, reduce: Reduce) -> ClockWatch:
+        return ClockWatch(self.t1, Status.REACHED_END, reduce)
 
 
-class FixedStepsWatch:
+class ClockWatch:
+    """Ends at t1 or at the cap, whatever the residual."""
+
     score: Tensor | None = None
 
-    def __init__(self, max_steps: int, reduce: Reduce):
-        self.max_steps, self.reduce = max_steps, reduce
+    def __init__(self, t1: float, at_cap: Status, reduce: Reduce):
+        self.t1, self.at_cap, self.reduce = t1, at_cap, reduce
 
-    @torch.no_grad()
     def open(self, state: State, k: int) -> Tensor:
-        return self.reduce.whole(state.F.sum(1).isfinite() & (k < self.max_steps))
+        return self.reduce.whole(state.finite() & (state.t < self.t1))
 
     def verdict(self, state: State) -> Tensor:
-        return torch.full((len(state.z),), int(Status.REACHED_END), device=state.z.device)
+        status = torch.where(self.reduce.whole(state.t < self.t1), int(self.at_cap), int(Status.REACHED_END))
+        return status.masked_fill(~self.reduce.whole(state.finite()), int(Status.NONFINITE))

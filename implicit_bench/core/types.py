@@ -51,6 +51,7 @@ class State(NamedTuple):
     F: Tensor  # (B, D)
     t: Tensor  # (B,)
     mem: Any = None  # a solver's own history
+    fz: Tensor | None = None  # z + F, where the solver makes it anyway
 
     def finite(self) -> Tensor:
         """(B,) bool: which rows hold no NaN and no infinity."""
@@ -116,10 +117,10 @@ class Watch(Protocol):
     score: Tensor | None  # (R,) of the state last opened, least at the best iterate; None: the last is the best
 
     def open(self, state: State, k: int) -> Tensor:
-        """(R,) bool: which rows go on after step k. A NaN row must come out False."""
+        """(R,) bool: which rows go on after step k. A NaN row must come out False. Called without autograd."""
 
     def verdict(self, state: State) -> Tensor:
-        """(R,) Status of the states returned, but for troubles of the loop's or the solver's own."""
+        """(R,) Status of the states returned; what the loop or the solver knows of a row's end comes on top."""
 
 
 class Stop(Protocol):

@@ -47,7 +47,8 @@ class Anderson(Solver):
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
         k, dF, dG, gram = state.mem
         used, slot = min(k, self.window), k % self.window
-        z = state.z.add(state.F, alpha=self.damping)
+        plain = self.damping == 1.0 and state.fz is not None
+        z = state.fz if plain else state.z.add(state.F, alpha=self.damping)
         if used:
             gamma = self._mix(gram[:, :used, :used], reduce.dots(dF[:, :used], state.F))
             z = z - reduce.combine(gamma, dG[:, :used])
@@ -59,7 +60,7 @@ class Anderson(Solver):
         row = reduce.dots(dF[:, :used], df)
         gram = gram.clone() if row.requires_grad else gram
         gram[:, slot, :used] = gram[:, :used, slot] = row
-        return State(z, Fz, state.t, History(k + 1, dF, dG, gram))
+        return State(z, Fz, state.t, History(k + 1, dF, dG, gram), z + Fz)
 
     def _mix(self, gram: Tensor, b: Tensor) -> Tensor:
         """gamma, (R, k), of the scaled normal equations."""

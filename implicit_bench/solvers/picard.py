@@ -17,5 +17,7 @@ class Picard(Solver):
         self.damping = float(damping)
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
-        z = state.z.add(state.F, alpha=self.damping)
-        return State(z, F(z, state.t), state.t)
+        plain = self.damping == 1.0 and state.fz is not None
+        z = state.fz if plain else state.z.add(state.F, alpha=self.damping)
+        Fz = F(z, state.t)
+        return State(z, Fz, state.t, fz=z + Fz)
