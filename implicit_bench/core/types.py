@@ -19,29 +19,22 @@ Field = Callable[[Tensor, Tensor], Tensor]
 
 
 class Status(enum.IntEnum):
-    """How a row's solve ended. `advice` says what a user can do about it."""
+    """How a row's solve ended, and what a user can do about it."""
 
-    CONVERGED = 0
-    REACHED_END = 1
-    MAX_STEPS = 2
-    STALLED = 3
-    NONFINITE = 4
-    STEP_TOO_SMALL = 5
+    advice: str
 
-    @property
-    def advice(self) -> str:
-        return _ADVICE[self]
+    def __new__(cls, value: int, advice: str = "") -> Status:
+        status = int.__new__(cls, value)
+        status._value_, status.advice = value, advice
+        return status
 
-
-_ADVICE = {
-    Status.CONVERGED: "the residual met the tolerance",
-    Status.REACHED_END: "the end time, or the fixed number of steps, was reached",
-    Status.MAX_STEPS: "the step cap came before the tolerance: raise stop.max_steps or loosen stop.tol",
-    Status.STALLED: "the residual stopped falling: use another solver or damping, or regularise the Jacobian",
-    Status.NONFINITE: "the state became infinite or NaN: lower the learning rate or damp the solver",
-    Status.STEP_TOO_SMALL: "the step size underflowed: the field is too stiff or not finite (loosen solver.rtol), "
-    "or the homotopy's path turns back (use solver=anderson or another start)",
-}
+    CONVERGED = 0, "the residual met the tolerance"
+    REACHED_END = 1, "the end time, or the fixed number of steps, was reached"
+    MAX_STEPS = 2, "the step cap came before the tolerance: raise stop.max_steps or loosen stop.tol"
+    STALLED = 3, "the residual stopped falling: use another solver or damping, or regularise the Jacobian"
+    NONFINITE = 4, "the state became infinite or NaN: lower the learning rate or damp the solver"
+    STEP_TOO_SMALL = 5, ("the step size underflowed: the field is too stiff or not finite (loosen solver.rtol), or the "
+                         "homotopy's path turns back (use solver=anderson or another start)")  # fmt: skip
 
 
 class State(NamedTuple):
@@ -160,13 +153,15 @@ class Reduce:
 
     def gram(self, V: Tensor) -> Tensor:
         """All inner products of k states, (B, k, D) -> (R, k, k)."""
-        V = V.to(_wide(V.dtype))
-        return self._rows(torch.bmm(V, V.mT))
+        return self.products(V, V)
 
     def dots(self, V: Tensor, w: Tensor) -> Tensor:
         """<V_i, w>: (B, k, D), (B, D) -> (R, k)."""
-        V, w = V.to(_wide(V.dtype)), w.to(_wide(w.dtype))
-        return self._rows(torch.bmm(w.unsqueeze(1), V.mT).squeeze(1))
+        return self.products(V, w.unsqueeze(1)).squeeze(1)
+
+    def products(self, V: Tensor, W: Tensor) -> Tensor:
+        """<W_j, V_i>: (B, k, D), (B, l, D) -> (R, l, k), in one pass over V."""
+        return self._rows(torch.bmm(W.to(_wide(W.dtype)), V.to(_wide(V.dtype)).mT))
 
     def combine(self, h: Tensor, V: Tensor) -> Tensor:
         """sum_i h_i V_i: (R, k), (B, k, D) -> (B, D), in V's dtype."""

@@ -10,20 +10,22 @@ from .memory import remember
 
 
 class History(NamedTuple):
-    """The last differences in a ring: entry i of every part is of the same step. Unused entries are zero."""
+    """The last differences in a ring: entry i of every part is of the same step."""
 
     steps: int
     dF: Tensor  # (B, window, D): F_i+1 - F_i
     dG: Tensor  # (B, window, D): (z_i+1 - z_i) + damping (F_i+1 - F_i)
-    gram: Tensor  # (R, window, window): <dF_i, dF_j>
+    gram: Tensor  # (R, window, window): <dF_i, dF_j>, the diagonal with its ridge
+    b: Tensor  # (R, window): <dF_i, F>
 
 
 class Anderson(Solver):
     """Anderson acceleration (Anderson 1965; Walker & Ni, SIAM J. Numer. Anal. 2011, type II, difference form).
 
     gamma = argmin |F - dF gamma| over the last `window` differences; z <- z + damping F - dG gamma.
-    The normal equations are scaled to a unit diagonal and get `ridge` added to it, a ridge relative to the Gram
-    matrix's trace; a row whose small system is still singular falls back to a (damped) Picard step.
+    The normal equations' diagonal is multiplied by 1 + ridge: a ridge relative to each difference's own size, as if the
+    Gram matrix were scaled to trace `window` first. A row whose system is singular all the same (its Cholesky factor
+    does not exist) falls back to a (damped) Picard step.
 
     Cost: one evaluation a step; 2 window + 2 states of memory. Fails on strongly nonlinear or expansive maps: lower
     `damping`. Differentiating through it (adjoint=unroll) near the solution is ill-conditioned: use Picard there.
@@ -42,31 +44,24 @@ class Anderson(Solver):
         state = super().init(F, z0, t1, reduce)
         stack = z0.new_zeros(len(z0), self.window, z0.shape[1])
         gram = torch.zeros_like(reduce.gram(stack[:, :, :0]))
-        return state._replace(mem=History(0, stack, stack.clone(), gram))
+        return state._replace(mem=History(0, stack, stack.clone(), gram, gram[:, 0]))
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
-        k, dF, dG, gram = state.mem
+        k, dF, dG, gram, b = state.mem
         used, slot = min(k, self.window), k % self.window
-        plain = self.damping == 1.0 and state.fz is not None
-        z = state.fz if plain else state.z.add(state.F, alpha=self.damping)
+        known = state.fz is not None and self.damping == 1.0
+        z: Tensor = state.fz if known else state.z.add(state.F, alpha=self.damping)  # type: ignore[assignment]
         if used:
-            gamma = self._mix(gram[:, :used, :used], reduce.dots(dF[:, :used], state.F))
-            z = z - reduce.combine(gamma, dG[:, :used])
+            L, singular = torch.linalg.cholesky_ex(gram[:, :used, :used])
+            gamma = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2)
+            z = z - reduce.combine(gamma.masked_fill((singular != 0).unsqueeze(1), 0.0), dG[:, :used])
         Fz = F(z, state.t)
         df = Fz - state.F
         dF = remember(dF, slot, df)
         dG = remember(dG, slot, (z - state.z).add_(df, alpha=self.damping))
         used = min(k + 1, self.window)
-        row = reduce.dots(dF[:, :used], df)
+        row, b = reduce.products(dF[:, :used], torch.stack((df, Fz), 1)).unbind(1)
         gram = gram.clone() if row.requires_grad else gram
         gram[:, slot, :used] = gram[:, :used, slot] = row
-        return State(z, Fz, state.t, History(k + 1, dF, dG, gram), z + Fz)
-
-    def _mix(self, gram: Tensor, b: Tensor) -> Tensor:
-        """gamma, (R, k), of the scaled normal equations."""
-        scale = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt().unsqueeze(2)
-        A = gram * scale * scale.mT
-        A.diagonal(dim1=1, dim2=2).add_(self.ridge)
-        L, info = torch.linalg.cholesky_ex(A)
-        gamma = torch.cholesky_solve(b.unsqueeze(2) * scale, L) * scale
-        return torch.where((info == 0)[:, None, None], gamma, 0.0).squeeze(2)
+        gram[:, slot, slot] *= 1 + self.ridge
+        return State(z, Fz, state.t, History(k + 1, dF, dG, gram, b), z + Fz)

@@ -17,7 +17,7 @@ class Picard(Solver):
         self.damping = float(damping)
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
-        plain = self.damping == 1.0 and state.fz is not None
-        z = state.fz if plain else state.z.add(state.F, alpha=self.damping)
+        known = state.fz is not None and self.damping == 1.0
+        z: Tensor = state.fz if known else state.z.add(state.F, alpha=self.damping)  # type: ignore[assignment]
         Fz = F(z, state.t)
         return State(z, Fz, state.t, fz=z + Fz)
