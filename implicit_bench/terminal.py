@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 INDENT = " " * 8
@@ -26,6 +27,22 @@ def say(label: str, text: str, *, err: bool = False) -> None:
 
 def _colour(stream: Any) -> bool:
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def card(rows: Sequence[tuple[bool, str, str]]) -> None:
+    """`✓ name  sentence` or `✗ name  sentence`, a line each; on a terminal the sentences have a column of their own."""
+    width = max(len(name) for _, name, _ in rows)
+    if not sys.stdout.isatty():
+        print(*(f"  {'✓' if good else '✗'} {name:<{width}}  {text}" for good, name, text in rows), sep="\n", flush=True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for good, name, text in rows:
+        table.add_row(Text.assemble("  ", ("✓", "green") if good else ("✗", "bold red"), f" {name}"), Text(text))
+    Console().print(table)
 
 
 def duration(seconds: float) -> str:

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from implicit_bench import clock, machine
-from implicit_bench.core import FixedPoint, Reduce, Residual, solve
+from implicit_bench.adjoints import IFT, Backsolve, Solve, Unroll
+from implicit_bench.core import EndTime, FixedPoint, Reduce, Residual, solve
 from implicit_bench.device import Device
 from implicit_bench.models import Dense
 from implicit_bench.report import tables
+from implicit_bench.solvers import Anderson, Bosh3, Broyden, Dopri5, Picard, Tsit5, Vcab3
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,13 +105,10 @@ def groupnorm(device: torch.device) -> Problem:
 CELLS = {"dense": dense, "groupnorm": groupnorm}
 
 
-def our_solvers() -> dict[str, tuple[Any, int]]:
-    """Solver and the steps that make about twenty evaluations."""
-    from implicit_bench import solvers
-
-    wanted = {"picard": 19, "anderson": 19, "broyden": 19, "vcab3": 14, "bosh3": 6, "dopri5": 3, "tsit5": 3}
-    classes = {name.lower(): getattr(solvers, name) for name in solvers.__all__}
-    return {name: (classes[name](), steps) for name, steps in wanted.items() if name in classes}
+SOLVERS: dict[str, tuple[Any, int]] = {  # the steps that make about twenty evaluations
+    "picard": (Picard(), 19), "anderson": (Anderson(), 19), "broyden": (Broyden(), 19), "vcab3": (Vcab3(), 14),
+    "bosh3": (Bosh3(), 6), "dopri5": (Dopri5(), 3), "tsit5": (Tsit5(), 3),
+}  # fmt: skip
 
 
 def ours(problem: Problem, solver: Any, steps: int) -> Callable[[], int]:
@@ -183,7 +182,7 @@ def overhead(device: torch.device, seconds: float, cells: list[str]) -> list[dic
                 z = problem.native(z)
             return 20
 
-        rows = {"cell alone": floor} | {n: ours(problem, s, k) for n, (s, k) in our_solvers().items()} | peers(problem)
+        rows = {"cell alone": floor} | {n: ours(problem, s, k) for n, (s, k) in SOLVERS.items()} | peers(problem)
         counts = {n: run() for n, run in rows.items()}
         samples = clock.interleave({n: timed(run, device) for n, run in rows.items()}, seconds=seconds, rounds=400)
         alone = samples.rows["cell alone"]["ms"]
@@ -200,6 +199,160 @@ def overhead(device: torch.device, seconds: float, cells: list[str]) -> list[dic
     return found
 
 
+@dataclass
+class Step:
+    """One forward and backward; counts and quality are read in a run of its own."""
+
+    run: Callable[[], Tensor]  # -> z, with parameter gradients left in .grad
+    problem: Problem
+    group: str
+
+    def __call__(self) -> int:
+        for p in self.problem.module.parameters():
+            p.grad = None
+        self.run()
+        return 1
+
+    def gradient(self) -> Tensor:
+        self()
+        return torch.cat([p.grad.flatten() for p in self.problem.module.parameters() if p.grad is not None])
+
+    def quality(self) -> dict[str, float]:
+        """Evaluations of f with and without a graph, relative residual of what came out."""
+        calls = [0]
+        handle = self.problem.module.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        native, cell = self.problem.native, self.problem.module
+        if isinstance(cell, GroupNormCell):
+            handle.remove()
+            plain = cell.native
+            cell.native = lambda *a: (calls.__setitem__(0, calls[0] + 1), plain(*a))[1]  # type: ignore[method-assign]
+        z = self.run().detach().view_as(self.problem.start)
+        n = calls[0]
+        if isinstance(cell, GroupNormCell):
+            cell.native = plain  # type: ignore[method-assign]
+        else:
+            handle.remove()
+        with torch.no_grad():
+            fz = native(z)
+            rows = (fz - z).flatten(1).norm(dim=1) / fz.flatten(1).norm(dim=1)
+        return {"calls": n, "residual": float(rows.median())}
+
+
+def our_step(problem: Problem, solver: Any, stop: Any, adjoint: Any, ode: bool = False) -> Callable[[], Tensor]:
+    F: Any = (lambda z, t: problem.flat(z, t) - z) if ode else problem.F
+    z0, weight = problem.start.flatten(1), _weight(problem).flatten(1)
+    forward = Solve(solver, stop, problem.reduce if not ode else Reduce(False))
+    wrt = [p for p in problem.module.parameters() if p.requires_grad] if ode else ()
+
+    def run() -> Tensor:
+        z = adjoint(F, z0, forward, wrt)[0]
+        (z * weight).sum().backward()
+        return z
+
+    return run
+
+
+def _weight(problem: Problem) -> Tensor:
+    """A fixed cotangent of the size of a mean loss's."""
+    generator = torch.Generator(problem.start.device).manual_seed(1)
+    return torch.randn(problem.start.shape, generator=generator, device=problem.start.device) / problem.start.numel()
+
+
+def torchdeq_step(problem: Problem, f: str, b: str, n: int, m: int, f_tol: float, b_tol: float) -> Callable[[], Tensor]:
+    from torchdeq import get_deq
+
+    deq = get_deq(f_solver=f, f_max_iter=n, f_tol=f_tol, f_stop_mode="rel",
+                  b_solver=b, b_max_iter=m, b_tol=b_tol, b_stop_mode="rel", ift=True)  # fmt: skip
+    weight = _weight(problem)
+
+    def run() -> Tensor:
+        out, _ = deq(problem.native, problem.start)
+        (out[-1] * weight).sum().backward()
+        return out[-1]
+
+    return run
+
+
+def torchdiffeq_step(problem: Problem, adjoint: bool) -> Callable[[], Tensor]:
+    from torchdiffeq import odeint, odeint_adjoint
+
+    times, weight = torch.tensor([0.0, 1.0], device=problem.start.device), _weight(problem)
+    params = tuple(p for p in problem.module.parameters() if p.requires_grad)
+    how: dict[str, Any] = {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3}
+
+    def F(t: Tensor, z: Tensor) -> Tensor:
+        return problem.native(z) - z
+
+    def run() -> Tensor:
+        if adjoint:
+            z = odeint_adjoint(F, problem.start, times, adjoint_params=params, **how)[-1]
+        else:
+            z = odeint(F, problem.start, times, **how)[-1]
+        (z * weight).sum().backward()
+        return z
+
+    return run
+
+
+def step_pairs(problem: Problem) -> dict[str, Step]:
+    """Equal evaluations both ways: 15 forward, one to re-attach, 8 VJPs in the linear solve."""
+    n, m = 15, 8
+    rows = {}
+    for name, theirs in (("picard", "fixed_point_iter"), ("anderson", "anderson"), ("broyden", "broyden")):
+        solver = {"picard": Picard(), "anderson": Anderson(), "broyden": Broyden()}[name]
+        linear = "gmres" if name == "broyden" else name
+        b = m + 1 if name != "broyden" else m
+        stop, adjoint = Residual(1e-12, max_steps=n - 1), IFT(1e-12, max_iter=m, linear=linear)
+        rows[f"{name} ours"] = Step(our_step(problem, solver, stop, adjoint), problem, name)
+        f_max = n - 1 if name == "broyden" else n
+        rows[f"{name} torchdeq"] = Step(torchdeq_step(problem, theirs, theirs, f_max, b, 1e-12, 1e-12), problem, name)
+    dopri5 = Dopri5(1e-3, 1e-3, controller="i")
+    for name, adjoint in (("dopri5 direct", Unroll()), ("dopri5 adjoint", Backsolve())):
+        rows[f"{name} ours"] = Step(our_step(problem, dopri5, EndTime(1.0), adjoint, ode=True), problem, name)
+        rows[f"{name} torchdiffeq"] = Step(torchdiffeq_step(problem, "adjoint" in name), problem, name)
+    return rows
+
+
+def best_rows(problem: Problem) -> dict[str, Step]:
+    """Everything either side offers, each stopped at a relative residual of 1e-3 and a linear one of 1e-2."""
+    rows = {}
+    for name, solver in (("picard", Picard()), ("anderson", Anderson()), ("broyden", Broyden()), ("vcab3", Vcab3())):
+        for linear in ("gmres", "anderson"):
+            run = our_step(problem, solver, Residual(1e-3, max_steps=100), IFT(1e-2, max_iter=50, linear=linear))
+            rows[f"ours {name} + {linear}"] = Step(run, problem, "best")
+    for f in ("fixed_point_iter", "anderson", "broyden"):
+        for b in ("fixed_point_iter", "anderson", "broyden"):
+            rows[f"torchdeq {f} + {b}"] = Step(torchdeq_step(problem, f, b, 100, 50, 1e-3, 1e-2), problem, "best")
+    return rows
+
+
+def train(device: torch.device, seconds: float, cells: list[str], make: Callable[[Problem], dict[str, Step]]) -> list[dict[str, Any]]:
+    found = []
+    for name in cells:
+        torch.manual_seed(0)
+        problem = CELLS[name](device)
+        rows = make(problem)
+        exact = Step(our_step(problem, Anderson(), Residual(1e-6, max_steps=200), IFT(1e-5, max_iter=200)), problem, "")
+        truth = exact.gradient()
+        facts = {}
+        for row, step in rows.items():
+            error = float((step.gradient() - truth).norm() / truth.norm())
+            facts[row] = {**step.quality(), "gradient_error": error}
+        samples = clock.interleave({n: timed(step, device) for n, step in rows.items()}, seconds=seconds, rounds=200)
+        print(f"{name}: {samples.rounds} rounds", flush=True)
+        for row, values in samples.rows.items():
+            ms = clock.summary(values["ms"])["median"]
+            first = next(n for n, s in rows.items() if s.group == rows[row].group)
+            r = clock.ratio(values["ms"], samples.rows[first]["ms"])
+            found.append({"cell": name, "row": row, "ms": ms, "against": first, "ratio": r.value, "low": r.low,
+                          "high": r.high, "rounds": r.n, **facts[row]})  # fmt: skip
+            print(f"  {row:34} {ms:9.2f} ms  x{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]  {facts[row]['calls']:3} f  "
+                  f"residual {facts[row]['residual']:.1e}  gradient error {facts[row]['gradient_error']:.1e}")
+        for row, why in samples.failed.items():
+            print(f"  {row:34} failed: {why}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="overhead train best cell; all of them without any")
@@ -213,7 +366,13 @@ def main() -> None:
     facts = device.environment()
     alone = machine.Alone()
     began = time.time()
-    found = {"overhead": overhead(device.torch, args.time, args.cells.split(","))}
+    cells = args.cells.split(",")
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "overhead": lambda: overhead(device.torch, args.time, cells),
+        "train": lambda: train(device.torch, args.time, cells, step_pairs),
+        "best": lambda: train(device.torch, args.time, cells, best_rows),
+    }
+    found = {part: parts[part]() for part in args.parts or parts}
     facts["alone"] = alone.read()
     print(f"{facts['hardware']}, torch {facts['torch']}, {device.threads} threads, allocator {facts['allocator']}, "
           f"alone: {facts['alone']}, {time.time() - began:.0f} s")  # fmt: skip

@@ -167,7 +167,7 @@ def refused(capsys, *argv, code=2):
 
 def test_unknown_words(capsys):
     assert refused(capsys, "trian") == "no command 'trian'; nearest: train"
-    assert refused(capsys, "xyz") == "no command 'xyz'; there are: train, bench, data, list"
+    assert refused(capsys, "xyz") == "no command 'xyz'; there are: train, bench, check, data, list"
     assert refused(capsys, "list", "modls") == "nothing called 'modls' to list; nearest: models"
     assert refused(capsys, "list", "models", "--foo").startswith("nothing called '--foo' to list; there are: ")
     assert refused(capsys, "train", "--multi") == "no flag '--multi'; nearest: --multirun"

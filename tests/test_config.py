@@ -30,7 +30,7 @@ def compose(*words, search=()):
 
 EVERY = [(group, file) for group in schema.GROUPS for file in files(group)]
 NEEDS = {  # what a choice cannot do without
-    "solver=torchdiffeq/dopri5": ["model=neural_ode"],
+    **{f"solver={file}": ["model=neural_ode"] for file in files("solver") if file.startswith("torchdiffeq/")},
     "stop=end_time": ["model=neural_ode"],
     "adjoint=backsolve": ["model=neural_ode"],
 }
@@ -68,7 +68,7 @@ def test_every_file_composes_builds_and_learns(group, file, digits):
     written = yaml.safe_load((CONFIGS / group / f"{file}.yaml").read_text())
     arrived = job.config.get(group, {})
     assert job.choices.get(group, file) == file
-    for key, value in written.items() if group not in ("model", "length") else ():
+    for key, value in written.items() if group not in ("model", "length", "experiment") else ():
         assert arrived[key] == value or "${" in str(value), key
     assert "${" not in str(job.config)
     parts = config.build(job.config)
@@ -87,13 +87,13 @@ def test_every_file_composes_builds_and_learns(group, file, digits):
 
 
 TABLE = {  # design.md's
-    "deq": ("zero", "anderson", "residual", "ift", []),
-    "skip_deq": ("skip_net", "anderson", "residual", "ift", ["skip"]),
-    "skip_reg_deq": ("f_zero", "anderson", "residual", "ift", ["skip"]),
-    "cdeq": ("zero", "tsit5", "residual", "ift", []),
-    "skip_cdeq": ("skip_net", "tsit5", "residual", "ift", ["skip"]),
-    "skip_reg_cdeq": ("f_zero", "tsit5", "residual", "ift", ["skip"]),
-    "neural_ode": ("zero", "tsit5", "end_time", "backsolve", []),
+    "deq": ("zero", "broyden", "residual", "ift", []),
+    "skip_deq": ("skip_net", "broyden", "residual", "ift", ["skip"]),
+    "skip_reg_deq": ("f_zero", "broyden", "residual", "ift", ["skip"]),
+    "cdeq": ("zero", "vcab3", "residual", "ift", []),
+    "skip_cdeq": ("skip_net", "vcab3", "residual", "ift", ["skip"]),
+    "skip_reg_cdeq": ("f_zero", "vcab3", "residual", "ift", ["skip"]),
+    "neural_ode": ("zero", "vcab3", "end_time", "backsolve", []),
     "explicit": ("zero", "picard", "fixed_steps", "unroll", []),
     "resnet": ("zero", "picard", "fixed_steps", "unroll", []),
 }
@@ -160,10 +160,10 @@ def identity(*words):
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("model=deq solver=tsit5", "model=cdeq"),
-        ("model=skip_deq solver=tsit5", "model=skip_cdeq"),
-        ("model=skip_reg_deq solver=tsit5", "model=skip_reg_cdeq"),
-        ("model=cdeq solver=anderson", "model=deq"),
+        ("model=deq solver=vcab3", "model=cdeq"),
+        ("model=skip_deq solver=vcab3", "model=skip_cdeq"),
+        ("model=skip_reg_deq solver=vcab3", "model=skip_reg_cdeq"),
+        ("model=cdeq solver=broyden", "model=deq"),
         ("model=deq init=skip_net penalty=[skip]", "model=skip_deq"),
         ("model=skip_deq init=f_zero", "model=skip_reg_deq"),
         ("model=deq solver=picard stop=fixed_steps adjoint=unroll", "model=explicit"),
@@ -205,8 +205,7 @@ def mine(tmp_path):
     write("dataset/small", "# @package _global_\ndefaults:\n  - digits@dataset\n  - override /network: narrow\n"
           "dataset: {val_size: 10}\n")  # fmt: skip
     write("model/big", "# @package _global_\ndefaults:\n  - deq\n  - override /network: wide\nmodel: {name: big}\n")
-    write("protocol/strict", "name: strict\ntol: 1.0e-4\nmax_steps: 9\nstep_tol: 1.0e-5\nlinear_rtol: 1.0e-4\n"
-          "linear_atol: 0.0\nlinear_max_iter: 9\n")  # fmt: skip
+    write("protocol/strict", "defaults:\n  - sound\n  - _self_\nname: strict\ntol: 1.0e-4\nmax_steps: 9\nstep_tol: 1.0e-5\n")
     write("experiment/mine", "# @package _global_\ndefaults:\n  - override /model: skip_cdeq\n"
           "  - override /dataset: small\n"
           "recipe: {epochs: 7, batch: 8, lr: 0.5}\nprotocol: {max_steps: 8}\n")  # fmt: skip
@@ -221,8 +220,8 @@ def test_a_data_set_picks_its_network_a_model_may_too_and_the_command_line_wins(
 
 
 def test_a_model_wins_over_the_default_and_the_command_line_over_the_model(mine):
-    assert compose().choices["solver"] == "anderson"
-    assert compose("model=cdeq").choices["solver"] == "tsit5"
+    assert compose().choices["solver"] == "broyden"
+    assert compose("model=cdeq").choices["solver"] == "vcab3"
     assert compose("model=cdeq", "solver=picard").choices["solver"] == "picard"
     assert compose("solver=picard", "model=cdeq").choices["solver"] == "picard"  # in whatever order
 
@@ -237,11 +236,11 @@ def test_a_protocol_wins_over_a_model_and_never_selects_a_solver(mine):
 
 def test_an_experiment_is_a_recipe_a_data_set_and_a_model_that_the_command_line_wins_over(mine):
     job = compose("experiment=mine", search=mine)
-    assert (job.choices["model"], job.choices["solver"], job.choices["dataset"]) == ("skip_cdeq", "tsit5", "small")
+    assert (job.choices["model"], job.choices["solver"], job.choices["dataset"]) == ("skip_cdeq", "vcab3", "small")
     assert (job.choices["network"], job.config["recipe"]["epochs"]) == ("narrow", 7)
     assert job.config["stop"]["max_steps"] == 8  # over protocol=sound
     job = compose("experiment=mine", "model=deq", "recipe.lr=0.25", search=mine)
-    assert (job.choices["model"], job.choices["solver"], job.config["recipe"]["lr"]) == ("deq", "anderson", 0.25)
+    assert (job.choices["model"], job.choices["solver"], job.config["recipe"]["lr"]) == ("deq", "broyden", 0.25)
 
 
 def test_a_tune_file_of_experiment_and_protocol_wins_over_both(mine):
@@ -256,6 +255,34 @@ def test_length_wins_over_every_recipe_number_and_the_command_line_over_length(m
     assert compose("length=smoke", "recipe.epochs=4", "recipe.max_steps=null").config["recipe"]["epochs"] == 4
     for length in set(files("length")) - {"full"}:
         assert compose(f"length={length}", "experiment=mine", search=mine).config["recipe"]["pretrain_steps"] == 0
+
+
+def test_cdeq_mnist_is_the_papers_recipe_for_each_of_its_models():
+    """Dense network, Adam at 1e-3 throughout, batch 32, 25 epochs, raw pixels, weight .01 where there is a start."""
+    solves = set()
+    for model in (None, "cdeq", "skip_cdeq", "skip_reg_cdeq", "neural_ode"):
+        words = ["experiment=cdeq_mnist", *([f"model={model}"] if model else [])]
+        job = compose(*words)
+        init, _, stop, adjoint, penalty = TABLE[model or "cdeq"]
+        picked = tuple(job.choices[group] for group in ("model", "network", "dataset", "init", "stop", "adjoint"))
+        assert picked == (model or "cdeq", "dense", "mnist", init, stop, adjoint)
+        solves.add(job.choices["solver"])
+        recipe, data = job.config["recipe"], job.config["dataset"]
+        assert [recipe[k] for k in ("epochs", "batch", "optimizer", "lr", "weight_decay", "schedule", "max_steps",
+                                    "pretrain_steps")] == [25, 32, "adam", 1e-3, 0.0, "constant", None, 0]  # fmt: skip
+        assert (data["name"], data["mean"], data["std"], data["flip"], data["pad"]) == ("mnist", [0.0], [1.0], 0, 0)
+        assert job.config["penalty"] == ({"skip": {"_target_": "implicit_bench.models.Skip", "weight": 0.01}}
+                                         if penalty else {})  # fmt: skip
+        count = sum(config.build(job.config).model.parameter_counts().values())
+        assert count == (151_050 if model == "skip_cdeq" else 134_538)
+    assert len(solves) == 1  # a claim about models, not solvers
+    job = compose("experiment=cdeq_mnist", "length=smoke", "recipe.lr=1e-2", "network=mdeq_small", "model=skip_deq",
+                  "dataset=digits", "protocol.skip_weight=5")  # fmt: skip
+    assert (job.config["recipe"]["max_steps"], job.config["recipe"]["lr"]) == (50, 1e-2)
+    assert (job.choices["network"], job.choices["dataset"]) == ("mdeq_small", "digits")
+    assert job.config["penalty"]["skip"]["weight"] == 5
+    assert compose("experiment=cdeq_mnist", "model=skip_deq", "penalty.skip.weight=2").config["penalty"]["skip"] == {
+        "_target_": "implicit_bench.models.Skip", "weight": 2}  # fmt: skip
 
 
 def test_a_file_of_ones_own_cannot_hide_behind_one_of_ours(tmp_path, capsys):
@@ -311,7 +338,7 @@ WRONG = {
     "model=null": f"no model 'null'; there are: {MODELS} (implicit-bench list models)",
     "model=[deq]": "no model '[deq]'; nearest: deq (implicit-bench list models)",
     "penalty=[skp]": "no penalty 'skp'; nearest: skip (implicit-bench list penalties)",
-    "solver=dopri5": "no solver 'dopri5'; nearest: torchdiffeq/dopri5 (implicit-bench list solvers)",
+    "solver=midpoint": "no solver 'midpoint'; nearest: torchdiffeq/midpoint (implicit-bench list solvers)",
     "tune=mine": "no tune 'mine'",
     # keys
     "modle=deq": "no key 'modle'; nearest: model",

@@ -2,32 +2,47 @@
 
     adjoint(F, z0 (B, D), solve, wrt) -> z (B, D), Solution, BackwardLog
 
-`wrt` is every tensor that F closes over and that needs a gradient: parameters and the cell's context. For an
-equilibrium field z is f(z*), one application of the cell after the solve, whose gradient is then corrected.
+For an equilibrium field z is f(z*), one application of the cell after the solve, whose gradient is then corrected: an
+adjoint never changes the value. An adjoint detaches the start z0, unless it says otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core import Field, Reduce, Solution, Solver, Stop, solve
+from ..core import Field, Reduce, Solution, Solver, Status, Stop, solve
 
 
 @dataclass
 class BackwardLog:
-    """What the backward did; filled in when it has run."""
+    """What the backward did; filled in when it has run. What a method does not have stays None."""
 
     forward_calls: int = 0  # F calls of the forward that the solution does not count (the re-attaching one)
     vjps: int = 0  # vector-Jacobian products of F, all of them
     calls: int = 0  # F calls made again in the backward
-    iterations: Tensor | None = None  # (B,) of the linear solve
+    iterations: Tensor | None = None  # (B,) of the linear solve, or steps of the solve back in time
     residual: Tensor | None = None  # (B,) of the linear solve, relative to the right-hand side
     rhs_norm: Tensor | None = None  # (B,) |J^T g|
-    converged: Tensor | None = None  # (B,) bool
+    status: Tensor | None = None  # (B,) core.Status of the linear solve, or of the solve back in time
+
+    @property
+    def converged(self) -> Tensor | None:
+        """(B,) bool: whether the backward's own solve reached what it was to reach."""
+        return None if self.status is None else self.status <= Status.REACHED_END
+
+    def watch(self, out: Tensor) -> Tensor:
+        """`out`, the output of one evaluation, of which every VJP is counted from now on."""
+        if out.requires_grad:
+            out.register_hook(self._one_more)
+        return out
+
+    def _one_more(self, g: Tensor) -> None:
+        self.vjps += 1
 
 
 @dataclass(frozen=True)
@@ -41,12 +56,79 @@ class Solve:
     def __call__(self, F: Field, z0: Tensor) -> Solution:
         return solve(F, z0, solver=self.solver, stop=self.stop, reduce=self.reduce)
 
+    @torch.no_grad()
+    def untracked(self, F: Field, z0: Tensor) -> Solution:
+        return self(F, z0.detach())
 
-Adjoint = Callable[[Field, Tensor, Solve, Sequence[Tensor]], tuple[Tensor, Solution, BackwardLog]]
+
+class Adjoint:
+    """Settings and one function, and what it says about itself, to be refused in a sentence where it cannot work."""
+
+    needs_equilibrium: ClassVar[bool] = False  # it differentiates a fixed point
+    needs_end_time: ClassVar[bool] = False  # it integrates back from the end
+    needs_closure: ClassVar[bool] = False  # `wrt` must be all that F closes over and that needs a gradient
+    through_start: bool = False  # the gradient is to reach z0
+    exact: bool = False  # the gradient of the solution itself, as far as tolerances go: `check` holds it to that
+    of_ours: ClassVar[tuple[str, ...]] = ()  # options that only our own solvers can follow
+
+    def __call__(self, F: Field, z0: Tensor, solve: Solve,
+                 wrt: Sequence[Tensor]) -> tuple[Tensor, Solution, BackwardLog]:  # fmt: skip
+        """`wrt`: what F closes over (see needs_closure), else the layer's input x where it needs a gradient."""
+        raise NotImplementedError
 
 
-def reattach(F: Field, z: Tensor) -> tuple[Tensor, Tensor]:
+def reattach(F: Field, z: Tensor, log: BackwardLog) -> tuple[Tensor, Tensor]:
     """One tracked application of the map at a detached z: (zs, f(zs)), both (B, D)."""
     zs = z.detach().requires_grad_()
+    log.forward_calls += 1
     with torch.enable_grad():
-        return zs, F.f(zs, zs.new_zeros(len(zs)))  # type: ignore[attr-defined]
+        return zs, log.watch(F.f(zs, zs.new_zeros(len(zs))))  # type: ignore[attr-defined]
+
+
+def vjp_of(zs: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
+    """v -> J^T v on the kept graph of z = f(zs)."""
+    return lambda v: torch.autograd.grad(z, zs, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+
+class Corrected(torch.autograd.Function):
+    """The identity on z, whose cotangent g becomes correction(g)[0]; the rest of correction(g) goes to `wrt`.
+
+    Corrected.apply(name, correction, z, *wrt). It holds its input's graph, never its output: no cycle.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, correction: Callable[[Tensor], Sequence[Tensor | None]], z: Tensor,
+                *wrt: Tensor) -> Tensor:  # fmt: skip
+        ctx.name, ctx.correction, ctx.roots = name, correction, (z, *wrt)
+        ctx.save_for_backward(*wrt)
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        assert len(ctx.saved_tensors) == len(ctx.roots) - 1  # raises where one was changed in place since
+        with torch.no_grad():
+            cotangents = ctx.correction(g)
+        return None, None, *once(ctx.name, cotangents, g, *ctx.roots)
+
+
+def once(name: str, grads: Sequence[Tensor | None], *roots: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients that depend on `roots` in ways that autograd does not know: to differentiate them again is refused.
+
+    torch's once_differentiable lets it pass where the cotangent is a constant, that of a sum, and the result is wrong.
+    """
+    if not torch.is_grad_enabled():  # no create_graph
+        return tuple(grads)
+    found = iter(_Once.apply(name, [g for g in grads if g is not None], *roots))
+    return tuple(None if g is None else next(found) for g in grads)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, grads: Sequence[Tensor], *roots: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(g.clone() for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(f"adjoint={ctx.name} gives first derivatives only; to differentiate twice, use "
+                           "adjoint=unroll with solver=picard")  # fmt: skip

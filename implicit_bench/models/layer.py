@@ -42,7 +42,7 @@ class ImplicitLayer(nn.Module):
             adjoint,
             field,
         )
-        self._direct: list[Tensor] | None = None
+        self._direct: tuple[list[str], list[str]] | None = None
         self._check()
         wanted = getattr(stop, "per_sample", "auto")
         if wanted is True and not cell.batch_independent:
@@ -73,8 +73,8 @@ class ImplicitLayer(nn.Module):
 
     def _run(self, x: Tensor, solver: Solver, stop: Stop, adjoint: Adjoint, field: str | None = None) -> LayerOutput:
         ctx = self.cell.begin(x)
-        uses_wrt = getattr(adjoint, "uses_wrt", False) and torch.is_grad_enabled()
-        if uses_wrt:  # one tensor twice, or two of which one comes from the other, would be differentiated twice
+        closure = adjoint.needs_closure and torch.is_grad_enabled()
+        if closure:  # one tensor twice, or two of which one comes from the other, would be differentiated twice
             ctx = _map(ctx, lambda c: c.view_as(c))
 
         def f(z: Tensor, t: Tensor) -> Tensor:
@@ -83,11 +83,13 @@ class ImplicitLayer(nn.Module):
         start = self.init(x, f)
         F: Field = FixedPoint(f) if (field or self.field) == "equilibrium" else f
         problem = Solve(solver, stop, self.reduce)
-        if torch.is_grad_enabled():
-            wrt = self._closed_over(ctx, start) if uses_wrt else ()
-            z, solution, log = adjoint(F, start.detach(), problem, wrt)
-        else:
-            solution, log = problem(F, start), BackwardLog()
+        parameters = self.cell.parameters()  # type: ignore[attr-defined]
+        learns = x.requires_grad or any(p.requires_grad for p in parameters) or adjoint.through_start
+        if torch.is_grad_enabled() and learns:
+            wrt = self._closed_over(ctx, start) if closure else [x] if x.requires_grad else []
+            z, solution, log = adjoint(F, start, problem, wrt)
+        else:  # evaluation, or a frozen layer below a head that trains
+            solution, log = problem.untracked(F, start), BackwardLog()
             z = solution.fixed_point if isinstance(F, FixedPoint) else solution.value
         return LayerOutput(z, start, solution, log)
 
@@ -99,8 +101,8 @@ class ImplicitLayer(nn.Module):
         found: list[Tensor] = []
         _map(ctx, found.append)
         context = [c for c in found if c.requires_grad]
-        if self._direct is None:
-            named = {n: p for n, p in self.cell.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
+        named = {n: p for n, p in self.cell.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
+        if self._direct is None or self._direct[0] != list(named):  # asked once, and again when some are frozen
             probe = self.cell(z.detach(), _map(ctx, Tensor.detach), z.new_zeros(len(z)))
             direct, through = _used([probe], named), _used(context, named)
             if both := [name for name in direct if name in through]:
@@ -108,8 +110,8 @@ class ImplicitLayer(nn.Module):
                     f"adjoint=backsolve needs each parameter in one place, but the cell's {', '.join(both)} is used by "
                     "begin and by forward; let begin return it in the context"
                 )
-            self._direct = list(direct.values())
-        return [*self._direct, *context]
+            self._direct = list(named), list(direct)
+        return [*(named[name] for name in self._direct[1]), *context]
 
     def _check(self) -> None:
         name = type(self.solver).__name__
@@ -119,7 +121,7 @@ class ImplicitLayer(nn.Module):
         if is_ode and self.stop.needs_equilibrium:
             raise ValueError(f"stop={type(self.stop).__name__} looks for f(z) = z, but field=ode has no equilibrium "
                              "meaning; use stop=end_time or field=equilibrium")  # fmt: skip
-        if is_ode and getattr(self.adjoint, "needs_equilibrium", False):
+        if is_ode and self.adjoint.needs_equilibrium:
             raise ValueError(f"adjoint={type(self.adjoint).__name__} needs a fixed point, which field=ode does not "
                              "have; use adjoint=backsolve or adjoint=unroll")  # fmt: skip
         if own_loop and self.stop.t1 == float("inf"):
@@ -133,10 +135,16 @@ class ImplicitLayer(nn.Module):
         if is_ode and getattr(self.solver, "needs_map", False):
             raise ValueError(f"solver={name} follows a path to a fixed point, which field=ode does not have; use "
                              "field=equilibrium or solver=tsit5")  # fmt: skip
-        if getattr(self.adjoint, "unit_cotangent", False) and own_loop:
-            raise ValueError(f"adjoint.unit_cotangent=true is for our own solvers, but solver={name} brings "
-                             "torchdiffeq's adjoint; use solver=tsit5")  # fmt: skip
-        if getattr(self.adjoint, "needs_end_time", False) and self.stop.t1 == float("inf"):
+        if own_loop and (ours := [option for option in self.adjoint.of_ours if getattr(self.adjoint, option)]):
+            raise ValueError(f"adjoint.{ours[0]}=true is for our own solvers, but solver={name} makes its steps "
+                             f"itself; use solver=tsit5 or adjoint.{ours[0]}=false")  # fmt: skip
+        if isinstance(self.adjoint, Unroll) and getattr(self.solver, "needs_map", False):
+            raise ValueError(f"solver={name} differentiates the cell to make its steps, and adjoint=unroll cannot "
+                             "differentiate it twice; use adjoint=ift")  # fmt: skip
+        if self.adjoint.needs_end_time and getattr(self.solver, "needs_map", False):
+            raise ValueError(f"adjoint=backsolve integrates dz/dt back in time, but solver={name} follows a path on "
+                             "which t is no time; use adjoint=ift")  # fmt: skip
+        if self.adjoint.needs_end_time and self.stop.t1 == float("inf"):
             raise ValueError("adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift")
         if hasattr(self.cell, "cells"):
             applications = getattr(self.stop, "steps", None)
@@ -144,6 +152,9 @@ class ImplicitLayer(nn.Module):
                     and applications == len(self.cell.cells)):  # fmt: skip
                 raise ValueError(f"{len(self.cell.cells)} untied cells are applied once each; use solver=picard "
                                  f"adjoint=unroll stop=fixed_steps stop.steps={len(self.cell.cells)}")  # fmt: skip
+            if self.adjoint.checkpoint:
+                raise ValueError("adjoint.checkpoint=true applies cells again in the backward, but untied cells are "
+                                 "applied once each, in turn; use adjoint.checkpoint=false")  # fmt: skip
 
 
 def _used(outputs: list[Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:

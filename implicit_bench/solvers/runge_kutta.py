@@ -7,95 +7,91 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import Field, Reduce, Solver, State
+from ..core import Field, Reduce, State
+from .step_size import Adaptive
 
 
 class Tableau(NamedTuple):
-    """A first-same-as-last (FSAL) pair: the last row of `a` is b, so the last stage is F at the new state."""
+    """First same as last (FSAL): the last row of `a` is b, so that the last stage is F at the new state."""
 
-    order: int
     a: tuple[tuple[float, ...], ...]  # rows of the stages 2..s
     c: tuple[float, ...]  # their times
-    e: tuple[float, ...]  # b - b_hat, the error's weights
+    e: tuple[float, ...] = ()  # b - b_hat, the error's weights; none in a method of fixed steps
 
 
-class Control(NamedTuple):
-    dt: Tensor  # (R, 1) the next step
-    t1: float
+def attempt(tableau: Tableau, F: Field, state: State, dt: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The state after a step of dt (R, 1), and all stages but the last, which is F there."""
+    h = dt.to(state.z.dtype)
+    stages = [state.F]
+    for row, c in zip(tableau.a, tableau.c):
+        new = torch.addcmul(state.z, h, weighted(row, stages))
+        if len(stages) < len(tableau.a):
+            stages.append(F(new, state.t + c * dt.squeeze(1)))
+    return new, stages
 
 
-class RungeKutta(Solver):
-    """Step-size control by h <- h clip(safety (1/error)^(1/order)), error = rms(e / (atol + rtol max|z|)).
+def weighted(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor:
+    terms = [(w, k) for w, k in zip(weights, stages) if w]
+    total = terms[0][1] * terms[0][0]
+    for w, k in terms[1:]:
+        total.add_(k, alpha=w)
+    return total
 
-    Error and step size belong to a row or to the batch as `Reduce` says. Cost: `stages - 1` evaluations an attempt,
-    accepted or not, and 2 to start (one for the automatic first step); s + 2 states of memory. The field's NaNs reject
-    a step, so that they shrink it until STEP_TOO_SMALL. Explicit: slow on stiff fields.
+
+class RungeKutta(Adaptive):
+    """An FSAL pair. Cost: `stages - 1` evaluations an attempt, accepted or not, and 2 to start (one for the automatic
+    first step); s + 2 states of memory. Explicit: slow on stiff fields.
     """
 
-    has_time, one_call = True, False
     tableau: ClassVar[Tableau]
-    safety, shrink, grow = 0.9, 0.2, 10.0
-
-    def __init__(self, rtol: float = 1e-3, atol: float = 1e-3):
-        if not (rtol >= 0 and atol > 0):
-            raise ValueError(f"solver.rtol={rtol} and solver.atol={atol} must be positive")
-        self.rtol, self.atol = float(rtol), float(atol)
-
-    def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State:
-        t = torch.zeros(len(z0), dtype=torch.promote_types(z0.dtype, torch.float32), device=z0.device)
-        F0 = F(z0, t)
-        return State(z0, F0, t, Control(self._first_step(F, z0, F0, t, t1, reduce), t1))
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
-        z, k1, t, (dt, t1) = state.z, state.F, state.t, state.mem
-        h = dt.to(z.dtype)
-        stages = [k1]
-        for row, c in zip(self.tableau.a, self.tableau.c):
-            new = torch.addcmul(z, h, _sum(row, stages))
-            stages.append(F(new, t + c * dt.squeeze(1)))
+        new, stages = attempt(self.tableau, F, state, state.mem.dt)
+        stages.append(F(new, state.t + state.mem.dt.squeeze(1)))
         with torch.no_grad():
-            error = reduce.rms(h * _sum(self.tableau.e, stages) / self._scale(z, new, reduce))
-            reached = torch.where((dt >= t1 - t.unsqueeze(1)).squeeze(1), t1, t + dt.squeeze(1))
-            accept = (error <= 1.0) & (reached > t).unsqueeze(1)  # no where the error is NaN or the time stands still
-            factor = (self.safety * error.pow(-1.0 / self.tableau.order)).clamp(self.shrink, self.grow)
-            factor = torch.where(accept | (error > 1.0), factor, self.shrink)
-            t = torch.where(accept.squeeze(1), reached, t)
-            dt = torch.minimum(dt * factor, t1 - t.unsqueeze(1))
-        return State(torch.where(accept, new, z), torch.where(accept, stages[-1], k1), t, Control(dt, t1))
-
-    def moves(self, state: State, going: Tensor) -> Tensor:
-        return going & (state.mem.dt > torch.finfo(state.t.dtype).eps * state.t.unsqueeze(1).clamp_min(1e-5)).all(1)
-
-    @torch.no_grad()
-    def _first_step(self, F: Field, z: Tensor, F0: Tensor, t: Tensor, t1: float, reduce: Reduce) -> Tensor:
-        """Hairer, Norsett & Wanner, Solving ODEs I, II.4: (R, 1), at the cost of one evaluation."""
-        scale = self._scale(z, z, reduce)
-        d0, d1 = reduce.rms(z / scale), reduce.rms(F0 / scale)
-        h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-        F1 = F(torch.addcmul(z, h0.to(z.dtype), F0), t + h0.squeeze(1))
-        d2 = reduce.rms((F1 - F0) / scale) / h0
-        steepest = torch.maximum(d1, d2)
-        h1 = torch.where(steepest <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / steepest) ** (1 / self.tableau.order))
-        h = torch.minimum(100 * h0, h1).nan_to_num(nan=1e-6)
-        return torch.minimum(h, t1 - t.unsqueeze(1))
-
-    def _scale(self, z: Tensor, new: Tensor, reduce: Reduce) -> Tensor:
-        return self.atol + self.rtol * torch.maximum(z.abs(), new.abs())
+            e = weighted(self.tableau.e, stages).mul_(state.mem.dt)
+            take, t, control = self.decide(state, self.error(e, state.z, new, reduce))
+        return State(take(new, state.z), take(stages[-1], state.F), t, control)
 
 
-def _sum(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor:
-    total = stages[0] * weights[0]
-    for w, k in zip(weights[1:], stages[1:]):
-        if w:
-            total = total.add(k, alpha=w)
-    return total
+class Bosh3(RungeKutta):
+    """Bogacki & Shampine 3(2), Appl. Math. Lett. 2 (1989) 321: order 3, 4 stages FSAL, 3 evaluations an attempt."""
+
+    order = 3
+    tableau = Tableau(
+        c=(1 / 2, 3 / 4, 1.0),
+        a=((1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
+        e=(-5 / 72, 1 / 12, 1 / 9, -1 / 8),
+    )
+
+
+class Dopri5(RungeKutta):
+    """Dormand & Prince 5(4), J. Comput. Appl. Math. 6 (1980) 19: order 5, 7 stages FSAL, 6 evaluations an attempt.
+
+    The error's weights are Shampine's, two thirds of theirs. So controller=i makes torchdiffeq's attempts, but for the
+    last, which is shortened to land on the end where torchdiffeq interpolates.
+    """
+
+    order = 5
+    tableau = Tableau(
+        c=(1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
+        a=(
+            (1 / 5,),
+            (3 / 40, 9 / 40),
+            (44 / 45, -56 / 15, 32 / 9),
+            (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+            (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+            (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+        ),
+        e=(71 / 86400, 0.0, -142 / 50085, 71 / 2880, -5751 / 169600, 44 / 1575, -1 / 60),
+    )
 
 
 class Tsit5(RungeKutta):
     """Tsitouras 5(4), Comput. Math. Appl. 62 (2011) 770: order 5, 7 stages FSAL, 6 evaluations an attempt."""
 
+    order = 5
     tableau = Tableau(
-        order=5,
         c=(0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0),
         a=(
             (0.161,),

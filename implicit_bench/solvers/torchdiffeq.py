@@ -12,16 +12,25 @@ from ..core import Field
 class TorchDiffeq:
     """torchdiffeq's solvers (https://github.com/rtqichen/torchdiffeq), which own their loop: stop=end_time only.
 
-    One step-size sequence for the whole batch. dopri5 costs 6 evaluations an attempt and 2 to start, and memory for 7
-    stages and the interpolant. A failed solve (its assertion on step size) comes back as NaN, status NONFINITE.
+    One step-size sequence for the whole batch. Adaptive methods steer by rtol and atol; dopri5 costs 6 evaluations an
+    attempt and 2 to start, and memory for 7 stages and the interpolant. Methods of fixed steps take steps of
+    `step_size`, or one step over the whole interval without it. A failed solve (its assertion on step size) comes back
+    as NaN, status NONFINITE.
     """
 
-    def __init__(self, method: str = "dopri5", rtol: float = 1e-3, atol: float = 1e-3):
+    def __init__(self, method: str = "dopri5", rtol: float = 1e-3, atol: float = 1e-3, step_size: float | None = None):
         from torchdiffeq._impl.odeint import SOLVERS
+        from torchdiffeq._impl.solvers import FixedGridODESolver
 
         if method not in SOLVERS:
             raise ValueError(f"solver.method={method!r} is not one of torchdiffeq's: {', '.join(SOLVERS)}")
+        if step_size is not None and not issubclass(SOLVERS[method], FixedGridODESolver):
+            raise ValueError(f"solver.step_size={step_size} is for fixed steps, but {method} chooses its own; "
+                             "use solver.rtol and solver.atol")  # fmt: skip
+        if step_size is not None and not step_size > 0:
+            raise ValueError(f"solver.step_size={step_size} must be positive, such as 0.1")
         self.method, self.rtol, self.atol = method, float(rtol), float(atol)
+        self.options = {} if step_size is None else {"step_size": float(step_size)}
 
     def integrate(self, F: Field, z0: Tensor, t1: float, wrt: Sequence[Tensor] | None = None) -> Tensor:
         """z(t1), (B, D). With `wrt`, the gradient comes from torchdiffeq's continuous adjoint, else by autograd."""
@@ -31,11 +40,11 @@ class TorchDiffeq:
             return F(z, t.expand(len(z)))
 
         times = torch.tensor([0.0, t1], dtype=z0.dtype, device=z0.device)
-        options: dict[str, Any] = {"method": self.method, "rtol": self.rtol, "atol": self.atol}
+        settings: dict[str, Any] = dict(method=self.method, rtol=self.rtol, atol=self.atol, options=self.options)
         try:
             if wrt is None:
-                return odeint(field, z0, times, **options)[-1]
-            return odeint_adjoint(field, z0, times, adjoint_params=tuple(wrt), **options)[-1]
+                return odeint(field, z0, times, **settings)[-1]
+            return odeint_adjoint(field, z0, times, adjoint_params=tuple(wrt), **settings)[-1]
         except AssertionError as error:
             if not str(error).startswith(("underflow in dt", "non-finite values", "max_num_steps")):
                 raise  # the field's own

@@ -11,9 +11,9 @@ from torch import nn
 from torchdiffeq import odeint_adjoint
 
 from implicit_bench.adjoints import Backsolve, Unroll
-from implicit_bench.core import EndTime
+from implicit_bench.core import EndTime, Status
 from implicit_bench.models import ImplicitLayer, SkipNet, Zero
-from implicit_bench.solvers import TorchDiffeq, Tsit5
+from implicit_bench.solvers import RK4, Bosh3, Dopri5, Euler, TorchDiffeq, Tsit5, Vcab3
 
 X, G = random(3, 4, seed=7), random(3, 4, seed=8)
 
@@ -111,6 +111,10 @@ def test_the_cap_on_the_backward_solve_is_seen_in_the_log():
         out = layer_of(cell, Backsolve(max_steps=cap), Tsit5(1e-6, 1e-6))(X)
         out.z.sum().backward()
         assert out.backward.converged.tolist() == [converged] * 3
+        assert out.backward.status.tolist() == [Status.REACHED_END if converged else Status.MAX_STEPS] * 3
+        steps = out.backward.iterations.tolist()
+        assert steps == [1] * 3 if cap == 1 else steps[0] > 1
+        assert (out.backward.residual, out.backward.rhs_norm) == (None, None)
 
 
 @pytest.mark.parametrize("solver", [Tsit5(1e-9, 1e-9), TorchDiffeq(rtol=1e-9, atol=1e-9)], ids=["tsit5", "dopri5"])
@@ -208,6 +212,12 @@ def test_the_start_gets_no_gradient():
     assert cell.W.grad is not None
 
 
+@pytest.mark.parametrize("max_steps", [0, -3])
+def test_a_backward_of_no_step_is_refused(max_steps):
+    with pytest.raises(ValueError, match=rf"adjoint.max_steps={max_steps} must be at least 1"):
+        Backsolve(max_steps)
+
+
 def test_no_memory_is_kept():
     cell = TanhCell()
     layer = layer_of(cell, Backsolve(), Tsit5())
@@ -242,6 +252,66 @@ def test_a_unit_cotangent_frees_the_gradient_from_the_scale_of_the_loss():
     assert tight > loose
 
 
-def test_a_unit_cotangent_is_refused_where_it_would_be_ignored():
-    with pytest.raises(ValueError, match="unit_cotangent=true is for our own solvers"):
-        layer_of(TanhCell(4), Backsolve(unit_cotangent=True), TorchDiffeq())
+@pytest.mark.parametrize("option", ["unit_cotangent", "seminorm"])
+def test_an_option_is_refused_where_it_would_be_ignored(option):
+    sentence = (f"adjoint.{option}=true is for our own solvers, but solver=TorchDiffeq makes its steps itself; use "
+                f"solver=tsit5 or adjoint.{option}=false")  # fmt: skip
+    with pytest.raises(ValueError, match=sentence):
+        layer_of(TanhCell(4), Backsolve(**{option: True}), TorchDiffeq())
+
+
+ODE = {
+    "euler": Euler(dt=5e-3), "rk4": RK4(dt=0.05), "bosh3": Bosh3(), "dopri5": Dopri5(), "tsit5": Tsit5(),
+    "vcab3": Vcab3(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seminorm", [False, True])
+@pytest.mark.parametrize("name", list(ODE))
+def test_every_ode_solver_integrates_back(name, seminorm):
+    """At the default tolerance of 1e-3, against the unroll of a solve without error; every call is counted."""
+    cell, x = TimedCell(), X.clone().requires_grad_()
+    wanted = gradients(cell, Unroll(), Tsit5(1e-10, 1e-10), t1=2.0)
+    layer = layer_of(cell, Backsolve(seminorm=seminorm), ODE[name], t1=2.0)
+    layer(x)
+    calls = counted(cell)
+    out = layer(x)
+    got = torch.autograd.grad((out.z * G).sum(), [*cell.parameters(), x])
+    assert cosine(got, wanted) > 0.999
+    log = out.backward
+    assert log.status.tolist() == [Status.REACHED_END] * 3
+    assert len(calls) == out.calls(0) + log.calls
+    assert log.vjps == log.calls > 0
+
+
+@pytest.mark.parametrize("name", ["bosh3", "dopri5", "tsit5", "vcab3"])
+def test_the_seminorm_spends_nothing_on_the_error_of_the_parameters(name):
+    """1,024 + 1,056 parameters and rows enough that their gradient, a sum, has the largest error."""
+    solver = type(ODE[name])(1e-6, 1e-6)
+    cell = TimedCell(32)
+    x = random(64, 32, seed=7)
+
+    def backward(adjoint, solver):
+        out = layer_of(cell, adjoint, solver)(x)
+        return torch.autograd.grad(out.z.sum(), list(cell.parameters())), out.backward.vjps
+
+    exact, _ = backward(Unroll(), Tsit5(1e-9, 1e-9))
+    whole, many = backward(Backsolve(), solver)
+    semi, few = backward(Backsolve(seminorm=True), solver)
+    assert few < 0.85 * many
+    assert cosine(semi, exact) > 1 - 1e-8
+    assert cosine(whole, exact) > 1 - 1e-8
+
+
+def test_the_seminorm_sees_z_and_a_alone():
+    """A field whose cotangent equation is at rest: a' = 0, while dL/dtheta grows like t^40. One step does for z, a."""
+    w = f64([1.0]).requires_grad_()
+    z0 = f64([[1.0]])
+    vjps = []
+    for seminorm in (False, True):
+        z, _, log = Backsolve(seminorm=seminorm)(
+            lambda z, t: (w * t**40).unsqueeze(1) + 0 * z, z0, to_end(Tsit5(1e-3, 1e-9)), (w,)
+        )
+        z.sum().backward()
+        vjps.append(log.vjps)
+    assert vjps[1] < vjps[0]

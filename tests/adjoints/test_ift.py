@@ -1,8 +1,5 @@
 """The gradient at a fixed point: exact with IFT, one term of it with JFB."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 from problems import (
@@ -194,72 +191,6 @@ def test_differentiating_twice_is_a_clear_error():
     (g,) = torch.autograd.grad(layer(X).z.square().sum(), cell.W, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         g.sum().backward()
-
-
-class Box:
-    """What a graph keeps; a weak reference to it tells whether it still does."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-
-@pytest.fixture
-def kept():
-    """Counts the tensors that graphs made inside `with kept.watch()` keep. Reference counting alone must free them."""
-
-    class Kept:
-        refs = ()
-
-        def watch(self):
-            self.refs = []
-
-            def pack(tensor):
-                box = Box(tensor.detach())  # of an output itself it would be part of a cycle
-                self.refs.append(weakref.ref(box))
-                return box
-
-            return torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor)
-
-        def __call__(self):
-            return sum(ref() is not None for ref in self.refs)
-
-    gc.collect()
-    gc.disable()
-    yield Kept()
-    gc.enable()
-
-
-@pytest.mark.parametrize("adjoint", [EXACT, JFB(), Unroll()], ids=["ift", "jfb", "unroll"])
-def test_no_memory_is_kept(adjoint, kept):
-    cell = TanhCell()
-    layer = ImplicitLayer(cell, Zero(network(cell)), Picard(), Residual(1e-8, max_steps=200), adjoint)
-    with kept.watch():
-        out = layer(X)
-    assert kept() > 0
-    z = weakref.ref(out.z)
-    del out
-    assert kept() == 0, "a forward without a backward keeps its graph"
-    assert z() is None
-    with kept.watch():
-        out = layer(X)
-    out.z.sum().backward()
-    assert kept() == 0, "the graph outlives its backward"
-    held = weakref.ref(out.solution.value)
-    del out
-    assert held() is None
-
-
-def test_the_memory_of_ift_does_not_grow_with_the_solve(kept):
-    cell = TanhCell()
-
-    def graph(adjoint, steps):
-        layer = ImplicitLayer(cell, Zero(network(cell)), Picard(), FixedSteps(steps), adjoint)
-        with kept.watch():
-            out = layer(X)
-        return kept() if out.z is not None else 0
-
-    assert graph(EXACT, 5) == graph(EXACT, 50)
-    assert graph(Unroll(), 50) > 5 * graph(Unroll(), 5)
 
 
 @pytest.mark.parametrize("adjoint", [EXACT, JFB(), Unroll()], ids=["ift", "jfb", "unroll"])

@@ -2,11 +2,25 @@
 
 import pytest
 import torch
-from problems import BATCH, PER_SAMPLE, Watched, close, contraction, f64, random, root, tanh_map, to_end
+from problems import (
+    BATCH,
+    PER_SAMPLE,
+    TanhCell,
+    Watched,
+    close,
+    contraction,
+    f64,
+    network,
+    random,
+    root,
+    tanh_map,
+    to_end,
+)
 
 from implicit_bench.adjoints import Unroll
-from implicit_bench.core import FixedPoint, FixedSteps, Residual
-from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
+from implicit_bench.core import EndTime, FixedPoint, FixedSteps, Residual, Status
+from implicit_bench.models import FZero, ImplicitLayer, SkipNet
+from implicit_bench.solvers import RK4, Anderson, Bosh3, Dopri5, Euler, Picard, TorchDiffeq, Tsit5, Vcab3
 
 CTX = random(3, 4, seed=7)
 ZERO = torch.zeros(3, 4).double()
@@ -110,3 +124,154 @@ def test_a_frozen_row_gets_the_gradient_of_its_own_steps():
     assert int(steps[0]) < int(steps[1]) / 5
     assert torch.equal(both[:1], alone)
     close(both, (1 - rate ** (steps + 1).unsqueeze(1)) / (1 - rate), 1e-12)  # sum of r^i to the last f
+
+
+@pytest.mark.parametrize("reduce", [PER_SAMPLE, BATCH], ids=["per_sample", "batch"])
+@pytest.mark.parametrize(
+    ("solver", "per_step", "start"),
+    [(Picard(), 1, 1), (Anderson(), 1, 1), (Tsit5(1e-5, 1e-5), 6, 2)],
+    ids=["picard", "anderson", "tsit5"],
+)
+def test_checkpointed_steps_are_made_again_once_and_give_the_same_gradient(solver, per_step, start, reduce):
+    def run(checkpoint):
+        W = contraction(4, 0.8).requires_grad_()
+        watched = Watched(tanh_map(W, CTX).f)
+        stop = Residual(1e-3, max_steps=300)
+        z, solution, log = Unroll(checkpoint)(FixedPoint(watched), ZERO, root(solver, stop, reduce), ())
+        assert watched.calls == solution.stats.calls
+        assert (log.calls, log.vjps) == (0, 0)
+        gradient = torch.autograd.grad(z.square().sum(), W)[0]
+        assert log.vjps == watched.vjps
+        assert log.calls == watched.calls - solution.stats.calls
+        return z, gradient, log, solution.stats
+
+    z, gradient, log, stats = run(True)
+    plain = run(False)
+    assert torch.equal(z, plain[0])
+    assert torch.equal(gradient, plain[1])
+    assert log.vjps == plain[2].vjps
+    steps = (stats.calls - start) // per_step
+    assert int(stats.steps.max()) == steps
+    assert log.calls == steps * per_step > plain[2].calls == 0
+
+
+@pytest.mark.parametrize(
+    ("solver", "start"),
+    [(Tsit5(), 2), (Dopri5(), 2), (Bosh3(), 2), (Vcab3(), 2), (Euler(0.1), 1), (RK4(0.1), 1)],
+    ids=["tsit5", "dopri5", "bosh3", "vcab3", "euler", "rk4"],
+)
+def test_checkpointed_steps_of_an_ode(solver, start):
+    w = f64(0.8).requires_grad_()
+
+    def grad(checkpoint):
+        watched = Watched(exp_field(w))
+        z, solution, log = Unroll(checkpoint)(watched, f64([[1.0], [3.0]]), to_end(solver, 3.0), ())
+        grad = torch.autograd.grad(z.sum(), w)[0]
+        assert watched.calls == solution.stats.calls + log.calls
+        assert watched.vjps == log.vjps
+        return grad, log.calls, solution.stats.calls, log.vjps
+
+    again, plain = grad(True), grad(False)
+    assert torch.equal(again[0], plain[0])
+    assert again[2:] == plain[2:]
+    assert 0 <= again[2] - start - again[1] <= 1  # all but the start's; the last step's F is in nobody's gradient
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_gradcheck(checkpoint):
+    def z_of(W, ctx, z0):
+        adjoint = Unroll(checkpoint, through_start=True)
+        return adjoint(tanh_map(W, ctx), z0, root(Picard(), FixedSteps(4)), ())[0]
+
+    inputs = [contraction(3, 0.8), random(2, 3, seed=5), random(2, 3, seed=6)]
+    inputs = [v.requires_grad_() for v in inputs]
+    assert torch.autograd.gradcheck(z_of, inputs, eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradgradcheck(z_of, inputs, eps=1e-6, atol=1e-6)
+
+
+def test_the_start_is_reached_only_when_asked_for():
+    """dz_k/dz0 = r^k on f(z) = r z + c."""
+    for through, wanted in ((False, None), (True, 0.5**4)):
+        z0 = f64([[1.0]]).requires_grad_()
+        c = f64([[1.0]]).requires_grad_()
+        F = FixedPoint(lambda z, t, c=c: 0.5 * z + c)
+        z, _, _ = Unroll(through_start=through)(F, z0, root(Picard(), FixedSteps(4)), ())
+        z.sum().backward()
+        assert c.grad is not None
+        assert z0.grad is None if wanted is None else float(z0.grad) == wanted
+
+
+@pytest.mark.parametrize("init", [SkipNet, FZero])
+def test_a_layers_start_learns_from_the_task_only_when_asked_to(init):
+    def gradients(through):
+        torch.manual_seed(0)
+        cell = TanhCell()
+        layer = ImplicitLayer(cell, init(network(cell)), Picard(), FixedSteps(3), Unroll(through_start=through))
+        x = random(3, 4, seed=7)
+        layer(x).z.square().sum().backward()
+        nested = start = layer.init(x, lambda z, t: cell(z, cell.begin(x), t))
+        nested = start if through else start.detach()
+        for _ in range(3):
+            nested = cell(nested, cell.begin(x), None)
+        parameters = list(layer.parameters())
+        wanted = torch.autograd.grad(nested.square().sum(), parameters, allow_unused=True)
+        for p, w in zip(parameters, wanted):
+            assert (p.grad is None) == (w is None)
+            if w is not None:
+                close(p.grad, w, 1e-13)
+        return [p.grad for p in layer.init.parameters()]
+
+    assert all(g is None for g in gradients(False))
+    assert all(g is not None and float(g.norm()) > 0 for g in gradients(True))
+
+
+GROWING = f64([[0.5], [3.0], [0.25]])  # z = w z^2 + c has no solution for c = 3
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("solver", [Picard(), Picard(0.9)], ids=["picard", "damped"])
+@pytest.mark.parametrize("blow_up", [torch.square, torch.expm1], ids=["square", "exp"])
+def test_a_row_that_diverges_does_not_spoil_the_gradient_of_the_others(solver, checkpoint, blow_up):
+    """Its own is zero; without care 0 times infinity would be NaN in every parameter's."""
+
+    def run(rows):
+        w, c = f64(0.2).requires_grad_(), GROWING[rows].requires_grad_()
+        watched = Watched(lambda z, t: w * blow_up(z) + c)
+        stop = Residual(1e-8, max_steps=200)
+        z0 = torch.zeros(len(rows), 1).double()
+        z, solution, log = Unroll(checkpoint)(FixedPoint(watched), z0, root(solver, stop), ())
+        assert watched.calls == solution.stats.calls + log.forward_calls
+        return z, torch.autograd.grad(z.sum(), [w, c]), solution.status.tolist(), solution.fixed_point
+
+    z, (dw, dc), status, value = run([0, 1, 2])
+    assert status == [Status.CONVERGED, Status.NONFINITE, Status.CONVERGED]
+    assert bool(z.isfinite().all())
+    assert torch.equal(z.detach(), value)  # the last finite z of the lost row, as without gradients
+    alone, (dw_alone, dc_alone), _, _ = run([0, 2])
+    assert torch.equal(z[[0, 2]], alone)
+    close(dw, dw_alone, 1e-12)
+    close(dc[[0, 2]], dc_alone, 1e-12)
+    assert float(dc[1]) == 0
+
+
+def test_a_row_of_an_ode_that_diverges_does_not_spoil_the_gradient_of_the_others():
+    w, z0 = f64(1.0).requires_grad_(), f64([[-1.0], [2.0]])
+
+    def F(z, t):
+        return w * torch.expm1(300 * z)  # -w, and 1e260
+
+    class Steps(Picard):
+        """Explicit Euler, whatever the error."""
+
+        has_time = True
+
+        def step(self, F, state, reduce):
+            t = state.t + 0.01
+            z = state.z + 0.01 * state.F
+            return state._replace(z=z, F=F(z, t), t=t)
+
+    z, solution, _ = Unroll()(F, z0, root(Steps(), EndTime(0.9)), ())
+    assert solution.status.tolist() == [Status.REACHED_END, Status.NONFINITE]
+    (both,) = torch.autograd.grad(z.sum(), w)
+    z, _, _ = Unroll()(F, z0[:1], root(Steps(), EndTime(0.9)), ())
+    close(both, torch.autograd.grad(z.sum(), w)[0], 1e-14)

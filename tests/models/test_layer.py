@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import CentredCell, TanhCell, network, random
 
-from implicit_bench.adjoints import IFT, JFB, Backsolve, Unroll
+from implicit_bench.adjoints import IFT, JFB, Backsolve, Phantom, Unroll
 from implicit_bench.core import EndTime, FixedSteps, Residual, Status
 from implicit_bench.models import DenseCell, ImplicitLayer, UntiedCell, Zero
 from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
@@ -13,6 +13,12 @@ from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
 def make(solver, stop, adjoint, field="equilibrium", cell=None):
     cell = cell or TanhCell()
     return ImplicitLayer(cell, Zero(network(cell)), solver, stop, adjoint, field)
+
+
+class Follows(Picard):
+    """A solver that differentiates the cell to make its steps."""
+
+    needs_map = True
 
 
 UNTIED = UntiedCell([DenseCell(4) for _ in range(3)])
@@ -39,6 +45,18 @@ REFUSED = [
      "adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift"),
     (Picard(), FixedSteps(), Backsolve(), "equilibrium",
      "adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift"),
+    (Tsit5(), EndTime(), Phantom(), "ode",
+     "adjoint=Phantom needs a fixed point, which field=ode does not have; use adjoint=backsolve or adjoint=unroll"),
+    (Anderson(), EndTime(), Backsolve(), "equilibrium",
+     "solver=Anderson finds roots and has no time; use stop=residual or solver=tsit5"),
+    (Anderson(), Residual(), Backsolve(), "equilibrium",
+     "adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift"),
+    (TorchDiffeq(), EndTime(), Unroll(checkpoint=True), "ode",
+     "adjoint.checkpoint=true is for our own solvers, but solver=TorchDiffeq makes its steps itself; use solver=tsit5 "
+     "or adjoint.checkpoint=false"),
+    (Follows(), Residual(), Unroll(), "equilibrium",
+     "solver=Follows differentiates the cell to make its steps, and adjoint=unroll cannot differentiate it twice; use "
+     "adjoint=ift"),
     (Picard(), Residual(), IFT(), "root", "field='root' must be equilibrium or ode"),
 ]  # fmt: skip
 
@@ -61,11 +79,17 @@ def test_untied_cells_are_for_one_pass_only(solver, stop, adjoint):
     assert str(refusal.value) == ("3 untied cells are applied once each; use solver=picard adjoint=unroll "
                                   "stop=fixed_steps stop.steps=3")  # fmt: skip
     make(Picard(), FixedSteps(3), Unroll(), cell=UNTIED)
+    with pytest.raises(ValueError, match=r"adjoint\.checkpoint=true applies cells again in the backward, but untied "
+                                         r"cells are applied once each, in turn; use adjoint\.checkpoint=false"):
+        make(Picard(), FixedSteps(3), Unroll(checkpoint=True), cell=UNTIED)
 
 
 GOOD = [
     (Anderson(), Residual(1e-4), IFT(), "equilibrium"),
     (Picard(), Residual(1e-4, max_steps=200), JFB(), "equilibrium"),
+    (Anderson(), Residual(1e-4), Phantom(), "equilibrium"),
+    (Follows(), Residual(1e-4, max_steps=200), IFT(), "equilibrium"),
+    (Tsit5(), EndTime(), Unroll(checkpoint=True), "ode"),
     (Tsit5(1e-5, 1e-5), Residual(1e-4, max_steps=200), IFT(), "equilibrium"),
     (Picard(), FixedSteps(40), Unroll(), "equilibrium"),
     (Tsit5(), EndTime(), Unroll(), "ode"),

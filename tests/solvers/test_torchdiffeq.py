@@ -1,13 +1,18 @@
 """torchdiffeq through our interface is torchdiffeq."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from problems import BATCH, Watched, contraction, f64, random
 from torchdiffeq import odeint, odeint_adjoint
 
 from implicit_bench.core import EndTime, Status, solve
 from implicit_bench.solvers import TorchDiffeq
 
+CONFIGS = Path(__file__).parent.parent.parent / "configs" / "solver" / "torchdiffeq"
 W, Z0 = contraction(4, 3.0), random(3, 4, seed=1)
 
 
@@ -26,6 +31,38 @@ def test_equals_stock_torchdiffeq_to_the_bit_at_the_same_cost(method):
     assert [t.tolist() for t in ours.times] == [t.tolist() for t in stock.times]
     assert s.status.tolist() == [Status.REACHED_END] * 3
     assert bool(s.stats.residual.isnan().all())  # |F| has no such meaning for an ODE
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams"])
+def test_fixed_steps_are_stocks_with_the_option(method):
+    """One step over all of it without `step_size`, as stock has it."""
+    whole, stepped = Watched(field), Watched(field)
+    z = odeint(lambda t, z: stepped(z, t.expand(len(z))), Z0, f64([0.0, 2.0]), method=method, rtol=1e-3, atol=1e-3,
+               options={"step_size": 0.1})[-1]  # fmt: skip
+    s = solve(field, Z0, solver=TorchDiffeq(method, step_size=0.1), stop=EndTime(2.0))
+    assert torch.equal(s.value, z)
+    assert s.stats.calls == stepped.calls >= 20
+    solve(whole, Z0, solver=TorchDiffeq(method), stop=EndTime(2.0))
+    assert whole.calls < 6
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_of_ours_integrates(path):
+    """z' = -z, to 10 tol or an error that its order explains. (fehlberg2 is .14 off at tol 1e-3: it has no file.)"""
+    settings = yaml.safe_load(path.read_text().replace("${protocol.step_tol}", "0.001"))
+    assert settings.pop("_target_") == "implicit_bench.solvers.TorchDiffeq"
+    assert settings["method"] == path.stem
+    s = solve(lambda z, t: -z, Z0, solver=TorchDiffeq(**settings), stop=EndTime(1.0))
+    worst = {"euler": 0.05, "midpoint": 2e-3}.get(path.stem, 1e-2)
+    torch.testing.assert_close(s.value, Z0 * math.exp(-1), rtol=worst, atol=worst)
+    assert s.stats.calls >= 10
+
+
+def test_a_step_size_for_an_adaptive_method_is_refused():
+    with pytest.raises(ValueError, match=r"solver\.step_size=0\.1 is for fixed steps, but dopri5 chooses its own"):
+        TorchDiffeq("dopri5", step_size=0.1)
+    with pytest.raises(ValueError, match=r"solver\.step_size=-1 must be positive"):
+        TorchDiffeq("euler", step_size=-1)
 
 
 def test_its_adjoint_equals_stock_to_the_bit():

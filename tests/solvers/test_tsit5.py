@@ -1,114 +1,22 @@
-"""Tsitouras 5(4): its order, its step sizes, its counts, and where it lands."""
+"""Tsitouras 5(4): where it lands, its first step, its rows, its ends. What it shares with others is next door."""
 
-import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
+from ode import Spy, decay, decayed, exp_sin, numpy_field, start
 from problems import BATCH, PER_SAMPLE, Watched, affine, close, contraction, f64, random, tanh_map
 from scipy.integrate import solve_ivp
 
 from implicit_bench.core import EndTime, FixedPoint, Residual, Status, solve
 from implicit_bench.solvers import Tsit5
-from implicit_bench.solvers.runge_kutta import Control
 
 
-class Spy(EndTime):
-    """An end time that remembers every state it is asked about."""
-
-    def open(self, state, k, reduce):
-        self.seen = [*getattr(self, "seen", []), state] if k else [state]
-        return super().open(state, k, reduce)
-
-
-def exp_sin(z, t):
-    """z' = z cos t, z = z0 e^(sin t): the field depends on time."""
-    return z * torch.cos(t).unsqueeze(1)
-
-
-def forced(F, z0, h, t1=math.inf, t0=0.0, solver=None, reduce=PER_SAMPLE):
-    """One attempt of this size from (t0, z0)."""
+def forced(F, z0, h, solver=None):
+    """One attempt of this size."""
     solver = solver or Tsit5(1e9, 1e9)  # accepts anything
-    state = solver.init(F, z0, t1, reduce)
-    t = torch.full_like(state.t, t0)
-    state = state._replace(t=t, F=F(z0, t), mem=Control(torch.full_like(state.mem.dt, h), t1))
-    return state, solver.step(F, state, reduce)
-
-
-def elementary_weights(a, c):
-    """Phi(tree) for the 17 rooted trees to order 5, as functions of the stages, and 1/gamma(tree)."""
-    one = np.ones(len(c))
-    ac, ac2, ac3, aac = a @ c, a @ c**2, a @ c**3, a @ (a @ c)
-    return {
-        1: [(one, 1)],
-        2: [(c, 2)],
-        3: [(c**2, 3), (ac, 6)],
-        4: [(c**3, 4), (c * ac, 8), (ac2, 12), (aac, 24)],
-        5: [(c**4, 5), (c**2 * ac, 10), (ac**2, 20), (c * ac2, 15), (ac3, 20), (c * aac, 30), (a @ (c * ac), 40),
-            (a @ ac2, 60), (a @ aac, 120)],
-    }  # fmt: skip
-
-
-def defects():
-    tableau = Tsit5.tableau
-    a, c = np.zeros((7, 7)), np.array([0.0, *tableau.c])
-    for i, row in enumerate(tableau.a, 1):
-        a[i, : len(row)] = row
-    b = a[6]
-    b_hat = b - np.array(tableau.e)
-    trees = elementary_weights(a, c)
-
-    def err(weights, order):
-        return max(abs(weights @ phi - 1 / gamma) for phi, gamma in trees[order])
-
-    return a, c, [err(b, k) for k in range(1, 6)], [err(b_hat, k) for k in range(1, 6)]
-
-
-def test_the_tableau_meets_the_order_conditions():
-    a, c, main, embedded = defects()
-    assert np.abs(a.sum(1) - c).max() < 1e-14  # every stage sits at its time
-    assert max(main) < 1e-13  # all 17 conditions of order 5
-    assert max(embedded[:4]) < 1e-11  # the embedded one: order 4 ...
-    assert embedded[4] > 1e-4  # ... and no more, or it would estimate nothing
-    assert Tsit5.tableau.order == 5
-
-
-@pytest.mark.parametrize("t0", [0.0, 0.7])
-def test_local_error_falls_with_the_sixth_power_of_the_step(t0):
-    """Order 5, time included: halving h divides one step's error by 64, and the error estimate's by 32."""
-    z0 = f64([[1.5, -0.3]])
-    errors = []
-    for h in (0.2, 0.1, 0.05):
-        _, new = forced(exp_sin, z0, h, t0=t0)
-        errors.append(float((new.z - z0 * math.exp(math.sin(t0 + h) - math.sin(t0))).abs().max()))
-    for coarse, fine in itertools.pairwise(errors):
-        assert 5.5 < math.log2(coarse / fine) < 6.8
-    assert errors[-1] < 1e-9
-
-
-def test_the_step_size_follows_the_error_estimate():
-    """error = rms(h e.k / (atol + rtol max|z|)); h <- h clip(.9 error^(-1/5), .2, 10), and t moves only if accepted."""
-    tableau, z0 = Tsit5.tableau, f64([[1.5, -0.3], [0.1, 0.2]])
-    rtol, atol = 1e-5, 1e-7
-    decisions = set()
-    for h, reduce in itertools.product((0.01, 0.2, 0.5, 2.0, 6.0), (PER_SAMPLE, BATCH)):
-        old, new = forced(exp_sin, z0, h, solver=Tsit5(rtol, atol), reduce=reduce)
-        k = [exp_sin(z0, f64([0.0] * 2))]
-        for row, c in zip(tableau.a, tableau.c):
-            end = z0 + h * sum(w * s for w, s in zip(row, k))
-            k.append(exp_sin(end, f64([c * h] * 2)))
-        raw = h * sum(w * s for w, s in zip(tableau.e, k)) / (atol + rtol * torch.maximum(z0.abs(), end.abs()))
-        error = (raw**2).mean(1).sqrt() if reduce is PER_SAMPLE else (raw**2).mean().sqrt().expand(2)
-        for i in range(2):
-            accepted = float(error[i]) <= 1
-            close(new.z[i], end[i] if accepted else z0[i], 1e-14)
-            close(new.F[i], k[-1][i] if accepted else old.F[i], 1e-14)
-            close(new.t[i], f64(h if accepted else 0.0), 1e-14)
-            factor = min(10.0, max(0.2, 0.9 * float(error[i]) ** -0.2))
-            assert math.isclose(float(new.mem.dt[i]), h * factor, rel_tol=1e-9)
-            decisions.add((accepted, 0.2 < factor < 10))
-    assert decisions == {(True, True), (True, False), (False, True), (False, False)}
+    state = start(solver, F, z0, h)
+    return state, solver.step(F, state, PER_SAMPLE)
 
 
 @pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7, 1e-9])
@@ -130,9 +38,8 @@ def test_agrees_with_scipy_on_a_nonlinear_system():
     for reduce in (PER_SAMPLE, BATCH):
         s = solve(field, z0, solver=Tsit5(1e-9, 1e-9), stop=EndTime(10.0, max_steps=5000), reduce=reduce)
         for i in range(2):
-            numpy_field = lambda t, z: field(torch.from_numpy(z)[None], f64([t]))[0].numpy()  # noqa: E731
-            exact = solve_ivp(numpy_field, (0, 10), z0[i].numpy(), method="DOP853", rtol=1e-12, atol=1e-12)
-            close(s.value[i], torch.from_numpy(exact.y[:, -1]), 1e-6)
+            run = solve_ivp(numpy_field(field, (1, 2)), (0, 10), z0[i].numpy(), method="DOP853", rtol=1e-12, atol=1e-12)
+            close(s.value[i], torch.from_numpy(run.y[:, -1]), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -171,10 +78,6 @@ def test_a_clock_tells_the_time():
 RATES = f64([[0.1], [1.0], [8.0], [40.0]])
 
 
-def decay(rates):
-    return lambda z, t: -rates * z * (1 + 0.5 * torch.sin(3 * t)[:, None])
-
-
 def test_per_sample_each_row_steps_as_if_alone():
     z0 = f64([[1.0, 2.0]] * 4)
     batch = solve(decay(RATES), z0, solver=Tsit5(), stop=EndTime(2.0), reduce=PER_SAMPLE)
@@ -190,8 +93,7 @@ def test_batch_wide_all_rows_share_one_step():
     s = solve(decay(RATES), f64([[1.0, 2.0]] * 4), solver=Tsit5(), stop=stop, reduce=BATCH)
     assert len(set(s.stats.steps.tolist())) == 1
     assert all(bool((state.t == state.t[0]).all()) for state in stop.seen)
-    exact = torch.exp(-RATES * (2 + (1 - math.cos(6.0)) / 6))
-    close(s.value, exact * f64([[1.0, 2.0]]), 1e-2)
+    close(s.value, decayed(RATES, f64([[1.0, 2.0]]), 2.0), 1e-2)
 
 
 @pytest.mark.parametrize("reduce", [PER_SAMPLE, BATCH], ids=["per_sample", "batch"])
@@ -244,7 +146,7 @@ def test_a_field_that_ends_before_its_time_makes_the_step_too_small():
     s = solve(F, torch.zeros(2, 1), solver=Tsit5(), stop=EndTime(1.0), reduce=PER_SAMPLE)
     assert s.status.tolist() == [Status.STEP_TOO_SMALL, Status.REACHED_END]
     torch.testing.assert_close(s.value, torch.tensor([[0.5], [1.0]]), rtol=0, atol=1e-5)
-    assert s.stats.steps[1] < 50 < s.stats.steps[0]
+    assert s.stats.steps[1] < 20 < s.stats.steps[0]
 
 
 def test_a_solution_that_blows_up_never_reaches_the_end():
@@ -271,16 +173,16 @@ def test_dz_dt_is_f_minus_z():
 
 
 def test_stepping_at_the_residuals_own_tolerance_hovers():
-    """Why protocol.step_tol is a tenth of protocol.tol: an explicit ODE solver need not stop at its own tolerance."""
+    """Why protocol.step_tol is a tenth of protocol.tol and why pi is the default: an explicit ODE solver near its limit
+    of stability need not stop, as step after step is too long or too short; pi damps that."""
     F = tanh_map(contraction(4, 0.8), random(3, 4, seed=1))
-    coarse, fine = (
-        solve(
-            F, torch.zeros(3, 4).double(), solver=Tsit5(tol, tol), stop=Residual(1e-4, max_steps=300), reduce=PER_SAMPLE
-        )
-        for tol in (1e-3, 1e-5)
-    )
-    assert Status.MAX_STEPS in coarse.status.tolist()
-    assert fine.status.tolist() == [Status.CONVERGED] * 3
+
+    def statuses(tol, controller):
+        solver, stop = Tsit5(tol, tol, controller), Residual(1e-4, max_steps=300)
+        return solve(F, torch.zeros(3, 4).double(), solver=solver, stop=stop, reduce=PER_SAMPLE).status.tolist()
+
+    assert Status.MAX_STEPS in statuses(1e-3, "i")
+    assert statuses(1e-3, "pi") == statuses(1e-5, "i") == statuses(1e-5, "pi") == [Status.CONVERGED] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

