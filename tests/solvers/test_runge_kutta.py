@@ -202,6 +202,17 @@ def test_a_field_that_ends_before_its_time_makes_the_step_too_small(method, redu
 
 
 @adaptive
+@settings(max_examples=20, deadline=None)
+@given(t1=st.floats(0.01, 5.0, width=32))
+def test_the_last_step_lands_on_the_end_whatever_the_rounding(method, t1):
+    stop = Spy(t1)
+    s = solve(exp_sin, torch.ones(1, 1), solver=method(1e-2, 1e-2), stop=stop)
+    assert s.status.tolist() == [Status.REACHED_END]
+    assert float(stop.seen[-1].t) == t1
+    assert all(b.t - a.t > 1e-6 * t1 for a, b in itertools.pairwise(stop.seen) if b.t > a.t)  # with no crumb left
+
+
+@adaptive
 def test_the_flow_reaches_picards_fixed_point(method):
     F = tanh_map(contraction(4, 0.8), random(3, 4, seed=1))
     z0, stop = torch.zeros(3, 4).double(), Residual(1e-8, max_steps=2000)
