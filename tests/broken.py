@@ -74,6 +74,17 @@ class Lax(Tsit5):
         return super().error(*given) * (self.rtol / 1e-3) ** (2 / 3)
 
 
+class Deaf(Solver):
+    """Has tolerances, and takes Euler steps of a sixteenth whatever they are."""
+
+    has_time = True
+    rtol = atol = 1e-3
+
+    def step(self, F, state, reduce):
+        z, t = state.z + state.F / 16, state.t + 1 / 16
+        return State(z, F(z, t), t)
+
+
 class Wide(Picard):
     def step(self, F, state, reduce):
         state = super().step(F, state, reduce)
@@ -108,6 +119,21 @@ class Hiding(Picard):
     def step(self, F, state, reduce):
         state = super().step(F, state, reduce)
         return state._replace(F=state.F.nan_to_num(0.0), fz=None)
+
+
+class Healing(Picard):
+    """Makes a number of a NaN."""
+
+    def init(self, F, z0, t1, reduce):
+        return super().init(F, z0.nan_to_num(0.0), t1, reduce)
+
+
+class Crowded(Picard):
+    """Damps by the number of rows."""
+
+    def step(self, F, state, reduce):
+        z = state.z + state.F / (1 + len(state.z) / 100)
+        return State(z, F(z, state.t), state.t)
 
 
 class Detached(IFT):

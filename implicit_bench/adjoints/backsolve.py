@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -95,8 +94,7 @@ class Backsolve(Adjoint):
 
         stop: Any = forward.stop
         solver: Any = forward.solver
-        adjoint: Any = SimpleNamespace(integrate=lambda G, z, t1: solver.integrate(G, z, t1, wrt))
-        solution = solve(counted, z0, solver=adjoint, stop=stop)
+        solution = solver.solve(counted, z0, stop.t1, wrt)
         done = True
         z = self._output(F, solution.value, stop.t1, log)
         return z, replace(solution, value=solution.value.detach()), log

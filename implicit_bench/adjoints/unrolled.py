@@ -50,7 +50,7 @@ class Unroll(Adjoint):
 
         def run(f: Field) -> tuple[Tensor, Solution]:
             s = solve(FixedPoint(f) if equilibrium else f, z0)
-            bare = replace(s, value=s.value.detach(), field=s.field.detach(), memory=None)  # what is reported: no graph
+            bare = replace(s, value=s.value.detach(), field=s.field.detach())  # what is reported: no graph
             return s.fixed_point if equilibrium else s.value, bare
 
         z, solution = run(counted)

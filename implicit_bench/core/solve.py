@@ -9,8 +9,6 @@ from .types import Field, FixedPoint, OwnLoop, Reduce, Solution, Solver, State, 
 
 
 class Counted:
-    """A field that counts its calls. `nfe` is what the statistics report."""
-
     def __init__(self, F: Field):
         self.F, self.nfe = F, 0
 
@@ -23,27 +21,27 @@ def solve(F: Field, z0: Tensor, *, solver: Solver | OwnLoop, stop: Stop, reduce:
           trace: bool = False) -> Solution:  # fmt: skip
     """Move z0 (B, D) with `solver` until `stop` closes every row, `stop.max_steps` steps at most.
 
-    A row returns its best iterate where the stop ranks them (stop=residual), else its last finite one. What happens
-    to a row after it has ended is thrown away, so that its value is frozen bit for bit; a row whose state is not finite
-    ends as NONFINITE; neither disturbs its neighbours, unless the batch is one system, which ends as one. Never raises
-    for a failed solve: read `Solution.status`. `trace` keeps the relative residual after every step.
+    A row returns its best iterate where the stop ranks them (stop=residual), else its last finite one. What happens to
+    it after its end is thrown away: its value is frozen bit for bit. One that is not finite ends as NONFINITE. Neither
+    disturbs its neighbours, unless the batch is one system, which ends as one. Never raises for a failed solve: read
+    `Solution.status`. `trace` keeps the relative residual after every step.
     On a CUDA device the question "does any row go on?" is read one step late, so that the host never waits for the
     device; the step taken in vain moves nothing and is not in `stats.nfe` (it is in `stats.calls`).
     """
     reduce = reduce or Reduce(per_sample=False)
     if isinstance(solver, OwnLoop):  # a foreign library: end time only
-        return _whole(F, z0, solver, stop)
+        return solver.solve(F, z0, stop.t1)
     measured = stop.needs_equilibrium or isinstance(F, FixedPoint)  # else |F| is a speed, not a residual
     F = Counted(F)
     state = solver.init(F, z0, stop.t1, reduce)
     watch = stop.watch(reduce)
     seen: list[Tensor] = []
 
-    def look_and_trace(state: State, k: int) -> Tensor:
+    def traced(state: State, k: int) -> Tensor:
         seen.append(relative_residual(state.z, state.F))
         return watch.open(state, k)
 
-    look = look_and_trace if trace else watch.open
+    look = traced if trace else watch.open
     look = torch.no_grad()(look) if torch.is_grad_enabled() else look
     running = look(state, 0)  # (R,): R = B rows, or the batch as one
     flag = OpenRows(z0.is_cuda)
@@ -76,7 +74,7 @@ def solve(F: Field, z0: Tensor, *, solver: Solver | OwnLoop, stop: Stop, reduce:
             status = status.masked_fill(stuck, int(Status.STEP_TOO_SMALL))
         residual = relative_residual(value.z, value.F) if measured else value.t.new_full(value.t.shape, torch.nan)
         stats = Stats(steps, torch.tensor(nfe, device=z0.device)[steps], F.nfe, residual, _history(seen, steps))
-    return Solution(value.z, value.F, status.expand(len(z0)), stats, state.mem)
+    return Solution(value.z, value.F, status.expand(len(z0)), stats)
 
 
 def relative_residual(z: Tensor, F: Tensor) -> Tensor:
@@ -86,24 +84,8 @@ def relative_residual(z: Tensor, F: Tensor) -> Tensor:
 
 
 def _history(seen: list[Tensor], steps: Tensor) -> Tensor | None:
-    """(steps + 1, B); NaN after a row's end."""
-    if not seen:
-        return None
     after = torch.arange(len(seen), device=steps.device).unsqueeze(1) > steps
-    return torch.stack(seen).masked_fill(after, torch.nan)
-
-
-def _whole(F: Field, z0: Tensor, solver: OwnLoop, stop: Stop) -> Solution:
-    equilibrium, F = isinstance(F, FixedPoint), Counted(F)
-    z = solver.integrate(F, z0, stop.t1)
-    t = z.new_full((len(z),), stop.t1)
-    end = State(z, F(z, t) if equilibrium else torch.zeros_like(z), t)  # f(z) is the output of an equilibrium layer
-    nfe = torch.full((len(z),), F.nfe, device=z0.device)
-    with torch.no_grad():
-        status = torch.where(end.finite(), int(Status.REACHED_END), int(Status.NONFINITE))
-        field = end.F if equilibrium else torch.full_like(z, float("nan"))
-        residual = relative_residual(z, field)
-    return Solution(z, field, status, Stats(nfe, nfe, F.nfe, residual))
+    return torch.stack(seen).masked_fill(after, torch.nan) if seen else None
 
 
 class _Best:

@@ -67,7 +67,6 @@ class Solution:
     field: Tensor  # (B, D), F at `value`
     status: Tensor  # (B,) int64, see Status
     stats: Stats
-    memory: Any = None  # the solver's history, for adjoints that reuse it
 
     @property
     def fixed_point(self) -> Tensor:
@@ -101,7 +100,7 @@ class Solver:
 class OwnLoop(Protocol):
     """A solver of another library, which owns its loop."""
 
-    def integrate(self, F: Field, z0: Tensor, t1: float) -> Tensor: ...
+    def solve(self, F: Field, z0: Tensor, t1: float) -> Solution: ...
 
 
 class Watch(Protocol):
@@ -129,8 +128,7 @@ class Reduce:
 
     per_sample: a row's step size, mixing weights and stopping depend on that row alone; scalars are (R, 1), R = B.
     Otherwise the batch is one long vector, R = 1: what batch-coupled cells (batch statistics) need.
-    Sums are float32 or better whatever the state's dtype. Stacks of k states are (B, k, D), which matrix products
-    read fastest in both modes: a product with a (k, B, D) stack takes up to twice as long and copies it when large.
+    Sums are float32 or better whatever the state's dtype. Stacks of k states are (B, k, D): bmm copies a (k, B, D) one.
     """
 
     def __init__(self, per_sample: bool):

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Field
+from ..core import Field, FixedPoint, Solution, State, Stats, Status, relative_residual
+from ..core.solve import Counted
 
 
 class TorchDiffeq:
@@ -31,6 +32,18 @@ class TorchDiffeq:
             raise ValueError(f"solver.step_size={step_size} must be positive, such as 0.1")
         self.method, self.rtol, self.atol = method, float(rtol), float(atol)
         self.options = {} if step_size is None else {"step_size": float(step_size)}
+
+    def solve(self, F: Field, z0: Tensor, t1: float, wrt: Sequence[Tensor] | None = None) -> Solution:
+        """As core.solve does it; an equilibrium layer puts out f(z), so that its field is evaluated at the end."""
+        equilibrium, F = isinstance(F, FixedPoint), Counted(F)
+        z = self.integrate(F, z0, t1, wrt)
+        t = z.new_full((len(z),), t1)
+        end = State(z, F(z, t) if equilibrium else torch.zeros_like(z), t)
+        nfe = torch.full((len(z),), F.nfe, device=z0.device)
+        with torch.no_grad():
+            status = torch.where(end.finite(), int(Status.REACHED_END), int(Status.NONFINITE))
+            field = end.F if equilibrium else torch.full_like(z, torch.nan)
+            return Solution(z, field, status, Stats(nfe, nfe, F.nfe, relative_residual(z, field)))
 
     def integrate(self, F: Field, z0: Tensor, t1: float, wrt: Sequence[Tensor] | None = None) -> Tensor:
         """z(t1), (B, D). With `wrt`, the gradient comes from torchdiffeq's continuous adjoint, else by autograd."""

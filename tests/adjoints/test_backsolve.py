@@ -11,7 +11,7 @@ from torch import nn
 from torchdiffeq import odeint_adjoint
 
 from implicit_bench.adjoints import Backsolve, Unroll
-from implicit_bench.core import EndTime, Status
+from implicit_bench.core import EndTime, FixedPoint, Status
 from implicit_bench.models import ImplicitLayer, SkipNet, Zero
 from implicit_bench.solvers import RK4, Bosh3, Dopri5, Euler, TorchDiffeq, Tsit5, Vcab3
 
@@ -93,16 +93,19 @@ def test_our_own_is_near_torchdiffeqs_adjoint_at_a_training_tolerance():
     assert cosine(gradients(cell, Backsolve(), Tsit5()), gradients(cell, Backsolve(), TorchDiffeq())) > 0.999
 
 
+@pytest.mark.parametrize("equilibrium", [False, True])
 @pytest.mark.parametrize("solver", [Tsit5(), TorchDiffeq()], ids=["tsit5", "dopri5"])
-def test_the_log_counts_the_backward_solve(solver):
+def test_the_log_counts_the_backward_solve(solver, equilibrium):
     w = f64([[0.8]]).requires_grad_()
     watched = Watched(lambda z, t: z @ w)
-    z, solution, log = Backsolve()(watched, f64([[1.0]]), to_end(solver), (w,))
-    assert watched.calls == solution.stats.calls
-    assert (log.forward_calls, log.calls, log.vjps) == (0, 0, 0)
+    F = FixedPoint(watched) if equilibrium else watched
+    z, solution, log = Backsolve()(F, f64([[1.0]]), to_end(solver), (w,))
+    output = int(equilibrium)  # f(z) of the last z
+    assert watched.calls == solution.stats.calls + output
+    assert (log.forward_calls, log.calls, log.vjps) == (output, 0, 0)
     z.sum().backward()
-    assert log.calls == watched.calls - solution.stats.calls > 6
-    assert log.vjps == watched.vjps == log.calls
+    assert log.calls == watched.calls - solution.stats.calls - output > 6
+    assert log.vjps == watched.vjps == log.calls + output
 
 
 def test_the_cap_on_the_backward_solve_is_seen_in_the_log():
@@ -303,15 +306,29 @@ def test_the_seminorm_spends_nothing_on_the_error_of_the_parameters(name):
     assert cosine(whole, exact) > 1 - 1e-8
 
 
-def test_the_seminorm_sees_z_and_a_alone():
-    """A field whose cotangent equation is at rest: a' = 0, while dL/dtheta grows like t^40. One step does for z, a."""
-    w = f64([1.0]).requires_grad_()
-    z0 = f64([[1.0]])
-    vjps = []
+def test_the_seminorm_sees_no_parameter():
+    """The steps are the same to the bit, however many there are and however their gradients grow."""
+    w, more = f64([0.7]).requires_grad_(), torch.zeros(1000).double().requires_grad_()
+
+    def F(z, t):
+        return w * torch.cos(3 * t)[:, None] * z + (t**40).unsqueeze(1) * more.sum()
+
+    runs = {}
     for seminorm in (False, True):
-        z, _, log = Backsolve(seminorm=seminorm)(
-            lambda z, t: (w * t**40).unsqueeze(1) + 0 * z, z0, to_end(Tsit5(1e-3, 1e-9)), (w,)
-        )
-        z.sum().backward()
-        vjps.append(log.vjps)
-    assert vjps[1] < vjps[0]
+        for wrt in ((w,), (w, more)):
+            z, _, log = Backsolve(seminorm=seminorm)(F, f64([[1.0]]), to_end(Tsit5(1e-5, 1e-5)), wrt)
+            runs[seminorm, len(wrt)] = torch.autograd.grad(z.sum(), w)[0], log.vjps
+    assert runs[True, 1] == runs[True, 2]
+    assert runs[False, 1][1] != runs[False, 2][1]
+
+
+def test_the_seminorm_sees_the_cotangent():
+    """z rests at 0 while a moves: dz(1)/du of z' = 6 cos(9 t) z + u is the integral of a."""
+    u = f64([[0.0]]).requires_grad_()
+    z, _, log = Backsolve(seminorm=True)(
+        lambda z, t: 6 * torch.cos(9 * t)[:, None] * z + u, f64([[0.0]]), to_end(Tsit5(1e-6, 1e-6)), (u,)
+    )
+    z.sum().backward()
+    s = torch.linspace(0, 1, 20_001).double()
+    close(u.grad.squeeze(), torch.trapezoid(torch.exp(6 / 9 * (torch.sin(f64(9.0)) - torch.sin(9 * s))), s), 1e-5)
+    assert log.vjps > 50

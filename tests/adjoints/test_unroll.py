@@ -203,9 +203,9 @@ def test_the_start_is_reached_only_when_asked_for():
 
 @pytest.mark.parametrize("init", [SkipNet, FZero])
 def test_a_layers_start_learns_from_the_task_only_when_asked_to(init):
-    def gradients(through):
+    def gradients(through, frozen=False):
         torch.manual_seed(0)
-        cell = TanhCell()
+        cell = TanhCell().requires_grad_(not frozen)
         layer = ImplicitLayer(cell, init(network(cell)), Picard(), FixedSteps(3), Unroll(through_start=through))
         x = random(3, 4, seed=7)
         layer(x).z.square().sum().backward()
@@ -213,7 +213,7 @@ def test_a_layers_start_learns_from_the_task_only_when_asked_to(init):
         nested = start if through else start.detach()
         for _ in range(3):
             nested = cell(nested, cell.begin(x), None)
-        parameters = list(layer.parameters())
+        parameters = [p for p in layer.parameters() if p.requires_grad]
         wanted = torch.autograd.grad(nested.square().sum(), parameters, allow_unused=True)
         for p, w in zip(parameters, wanted):
             assert (p.grad is None) == (w is None)
@@ -223,6 +223,8 @@ def test_a_layers_start_learns_from_the_task_only_when_asked_to(init):
 
     assert all(g is None for g in gradients(False))
     assert all(g is not None and float(g.norm()) > 0 for g in gradients(True))
+    if init is SkipNet:  # which learns even below a cell that does not
+        assert all(float(g.norm()) > 0 for g in gradients(True, frozen=True))
 
 
 GROWING = f64([[0.5], [3.0], [0.25]])  # z = w z^2 + c has no solution for c = 3
