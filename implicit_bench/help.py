@@ -46,14 +46,14 @@ Ctrl-C finishes the step, saves, and ends with exit code 130.
 
 examples
   {PROG} train model=skip_deq
-  {PROG} train model=cdeq solver.rtol=1e-4 stop.max_steps=100
+  {PROG} train model=cdeq solver.rtol=1e-4 stop.max_steps=300
   {PROG} train model=neural_ode adjoint=unroll dataset=fashion_mnist length=short
   {PROG} train -m model=deq,skip_deq seed=0,1,2 logger=none
 
 keys (default): recipe.epochs (20) recipe.batch (32) recipe.lr (0.001) recipe.clip (null)
   recipe.optimizer=adam|adamw|sgd (adam) recipe.schedule=cosine|step|constant (cosine)
   recipe.pretrain_steps (0) recipe.on_nonfinite=raise|skip_step (raise)
-  stop.tol (0.01) stop.max_steps (50) stop.per_sample=auto|true|false (auto) solver.rtol (0.001) adjoint.rtol (0.01)
+  stop.tol (0.01) stop.max_steps (100) stop.per_sample=auto|true|false (auto) solver.rtol (0.001) adjoint.rtol (0.01)
 
 leaves  runs/MODEL-DATASET-sSEED-ID/   record.json, metrics.jsonl, config.yaml, last.pt, wandb/
 exit    0 done or already done · 1 failed · 2 usage · 3 some runs of a sweep failed · 130 interrupted

@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
 from implicit_bench import clock, machine
 from implicit_bench.adjoints import IFT, Backsolve, Solve, Unroll
 from implicit_bench.core import EndTime, FixedPoint, Reduce, Residual, solve
 from implicit_bench.device import Device
-from implicit_bench.models import Dense
+from implicit_bench.models import Dense, Mdeq
 from implicit_bench.report import tables
 from implicit_bench.solvers import Anderson, Bosh3, Broyden, Dopri5, Picard, Tsit5, Vcab3
 
@@ -61,6 +60,8 @@ class Problem:
     start: Tensor  # native
     reduce: Reduce
     module: nn.Module
+    alone: Callable[[Any], Any] | None = None  # f on its own tensors, where a state is several
+    alone_start: Any = None
 
     @property
     def F(self) -> FixedPoint:
@@ -102,7 +103,20 @@ def groupnorm(device: torch.device) -> Problem:
     return Problem("groupnorm", lambda z, t: cell(z, x, t), lambda z: cell.native(z, x), start, Reduce(True), cell)
 
 
-CELLS = {"dense": dense, "groupnorm": groupnorm}
+def mdeq_small(device: torch.device) -> Problem:
+    """Weights after 300 training steps on CIFAR-10 (the first 250 unrolled 5 times); a batch of 64, of noise."""
+    network = Mdeq((3, 32, 32), 10)
+    network.load_state_dict(torch.load(ROOT / "scripts/mdeq_small_300.pt", weights_only=True))
+    network = network.to(device).eval()
+    cell, scales = network.cell, network.cell.scales
+    with torch.no_grad():
+        ctx = cell.begin(network.stem(torch.randn(64, 3, 32, 32, device=device)))
+    zero = torch.zeros(64, cell.size, device=device)
+    return Problem("mdeq_small", lambda z, t: cell(z, ctx, t), lambda z: cell(z, ctx, None), zero, Reduce(False), cell,
+                   lambda zs: cell.branches(zs, ctx), scales.unpack(zero))  # peers get the flat state, as we do
+
+
+CELLS = {"dense": dense, "groupnorm": groupnorm, "mdeq_small": mdeq_small}
 
 
 SOLVERS: dict[str, tuple[Any, int]] = {  # the steps that make about twenty evaluations
@@ -177,9 +191,9 @@ def overhead(device: torch.device, seconds: float, cells: list[str]) -> list[dic
         problem = CELLS[name](device)
 
         def floor(problem: Problem = problem) -> int:
-            z = problem.start
+            f, z = problem.alone or problem.native, problem.start if problem.alone is None else problem.alone_start
             for _ in range(20):
-                z = problem.native(z)
+                z = f(z)
             return 20
 
         rows = {"cell alone": floor} | {n: ours(problem, s, k) for n, (s, k) in SOLVERS.items()} | peers(problem)
@@ -190,8 +204,9 @@ def overhead(device: torch.device, seconds: float, cells: list[str]) -> list[dic
         for row, values in samples.rows.items():
             r = clock.ratio(values["ms"], alone)
             added = (clock.summary(values["ms"])["median"] - clock.summary(alone)["median"]) * 1e3
-            found.append({"cell": name, "row": row, "calls": counts[row], "us_a_call": clock.summary(values["ms"])["median"] * 1e3,
-                          "overhead": r.value, "low": r.low, "high": r.high, "added_us": added, "rounds": r.n})  # fmt: skip
+            us = clock.summary(values["ms"])["median"] * 1e3
+            found.append({"cell": name, "row": row, "calls": counts[row], "us_a_call": us, "added_us": added,
+                          "overhead": r.value, "low": r.low, "high": r.high, "rounds": r.n})  # fmt: skip
             print(f"  {row:20} {counts[row]:3} calls  x{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]  +{added:,.0f} us")
         found += [{"cell": name, "row": row, "failed": why} for row, why in samples.failed.items()]
         if samples.failed:
@@ -326,7 +341,8 @@ def best_rows(problem: Problem) -> dict[str, Step]:
     return rows
 
 
-def train(device: torch.device, seconds: float, cells: list[str], make: Callable[[Problem], dict[str, Step]]) -> list[dict[str, Any]]:
+def train(device: torch.device, seconds: float, cells: list[str],
+          make: Callable[[Problem], dict[str, Step]]) -> list[dict[str, Any]]:  # fmt: skip
     found = []
     for name in cells:
         torch.manual_seed(0)
@@ -351,6 +367,26 @@ def train(device: torch.device, seconds: float, cells: list[str], make: Callable
         for row, why in samples.failed.items():
             print(f"  {row:34} failed: {why}")
     return found
+
+
+def page(facts: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
+    """The Markdown of what was measured, a table a part."""
+    text = (f"# Solvers against their floor and their peers\n\n{facts['hardware']}, torch {facts['torch']}, "
+            f"{facts['threads']} threads, allocator {facts['allocator']}, alone: {facts['alone']}. "
+            "By `python scripts/solver_bench.py --save`; 95 % intervals of paired rounds.\n")  # fmt: skip
+    for part, rows in found.items():
+        good = [r for r in rows if "failed" not in r]
+        span = [f"{r.get('overhead', r.get('ratio')):.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in good]
+        if part == "overhead":
+            columns = ["cell", "solver", "calls", "time a call", "x the cell alone", "added a call"]
+            cells = [[r["cell"], r["row"], str(r["calls"]), f"{r['us_a_call']:,.0f} us", s, f"{r['added_us']:,.0f} us"]
+                     for r, s in zip(good, span)]  # fmt: skip
+        else:
+            columns = ["cell", "row", "ms", "x its first row", "f calls", "residual", "gradient error"]
+            cells = [[r["cell"], r["row"], f"{r['ms']:.2f}", s, str(r["calls"]), f"{r['residual']:.1e}",
+                      f"{r['gradient_error']:.1e}"] for r, s in zip(good, span)]  # fmt: skip
+        text += f"\n## {part}\n\n{tables.markdown(columns, cells)}"
+    return text
 
 
 def main() -> None:
@@ -379,7 +415,8 @@ def main() -> None:
     if args.save:
         folder = ROOT / "results" / str(facts["hardware"]).replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "solvers.json").write_text(json.dumps({"environment": facts, **found}, indent=1))
+        (folder / "solvers.json").write_text(json.dumps({"environment": facts, **found}, indent=1) + "\n")
+        (folder / "solvers.md").write_text(page(facts, found))
 
 
 if __name__ == "__main__":

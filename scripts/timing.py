@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from implicit_bench import clock, config, machine, record
-from implicit_bench.adjoints import gmres
 from implicit_bench.adjoints.base import reattach
 from implicit_bench.core import FixedPoint, Reduce, Residual, solve
 from implicit_bench.models import Dense
 from implicit_bench.report import tables
-from implicit_bench.solvers import Anderson, Picard, Tsit5
+from implicit_bench.solvers import Anderson, Picard, Tsit5, gmres
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -1,5 +1,7 @@
 """Components with one fault each: what `check` is to catch. A copy of this file is a user's own module in the tests."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -64,7 +66,7 @@ class Quitting(Tsit5):
     """Says that its step has become too small when it is tired."""
 
     def moves(self, state, going):
-        return going & (state.t < 1.5)
+        return super().moves(state, going) & (state.t < 1.5)
 
 
 class Lax(Tsit5):
@@ -86,9 +88,8 @@ class Deaf(Solver):
 
 
 class Wide(Picard):
-    def step(self, F, state, reduce):
-        state = super().step(F, state, reduce)
-        return state._replace(z=state.z.double(), F=state.F.double(), fz=None)
+    def init(self, F, z0, t1, reduce):
+        return super().init(F, z0.double(), t1, reduce)
 
 
 class Overwriting(Picard):
@@ -154,6 +155,18 @@ class Backwards(JFB):
     def __call__(self, F, z0, solve, wrt):
         z, solution, log = super().__call__(F, z0, solve, wrt)
         return 2 * z.detach() - z, solution, log
+
+
+class Exploding(JFB):
+    def __call__(self, F, z0, solve, wrt):
+        z, solution, log = super().__call__(F, z0, solve, wrt)
+        return z + (z - z.detach()).abs().sqrt(), solution, log
+
+
+class Meddling(JFB):
+    def __call__(self, F, z0, solve, wrt):
+        z, solution, log = super().__call__(F, z0, solve, wrt)
+        return z, dataclasses.replace(solution, value=solution.value + 1e-12), log
 
 
 class Boasting(JFB):

@@ -1,4 +1,4 @@
-"""The whole DEQ path against torchdeq on the same weights: fixed point and gradients (torchdeq 0.1, arXiv 2310.18605)."""
+"""The whole DEQ path against torchdeq 0.1 (arXiv 2310.18605) on the same weights: fixed point and gradients."""
 
 import pytest
 import torch

@@ -216,7 +216,7 @@ def test_cfg_prints_the_composed_configuration_and_runs_nothing(tmp_path, monkey
     assert main(["train", "--info", "searchpath", "--config-dir", str(CONFIGS / "model")]) == 0
     assert f"file://{CONFIGS / 'model'}" in capsys.readouterr().out
     assert main(["train", "--info", "defaults", "model=cdeq"]) == 0
-    assert "| solver/tsit5 " in capsys.readouterr().out
+    assert "| solver/vcab3 " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     assert "HYDRA_FULL_ERROR" not in os.environ
 

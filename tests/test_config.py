@@ -128,7 +128,7 @@ def test_parameters_are_the_papers_on_mnist():
 
 def test_the_sound_protocol():
     job = compose("model=cdeq").config
-    assert (job["stop"]["tol"], job["stop"]["norm"], job["stop"]["max_steps"]) == (1e-2, "rel", 50)
+    assert (job["stop"]["tol"], job["stop"]["norm"], job["stop"]["max_steps"]) == (1e-2, "rel", 100)
     assert job["solver"]["rtol"] == job["solver"]["atol"] == 1e-3  # a tenth of the stopping tolerance
     assert (job["adjoint"]["rtol"], job["adjoint"]["atol"], job["adjoint"]["max_iter"]) == (1e-2, 0.0, 50)
     assert compose("model=neural_ode").config["solver"]["rtol"] == 1e-3
@@ -205,7 +205,8 @@ def mine(tmp_path):
     write("dataset/small", "# @package _global_\ndefaults:\n  - digits@dataset\n  - override /network: narrow\n"
           "dataset: {val_size: 10}\n")  # fmt: skip
     write("model/big", "# @package _global_\ndefaults:\n  - deq\n  - override /network: wide\nmodel: {name: big}\n")
-    write("protocol/strict", "defaults:\n  - sound\n  - _self_\nname: strict\ntol: 1.0e-4\nmax_steps: 9\nstep_tol: 1.0e-5\n")
+    write("protocol/strict", "defaults:\n  - sound\n  - _self_\n"
+          "name: strict\ntol: 1.0e-4\nmax_steps: 9\nstep_tol: 1.0e-5\n")  # fmt: skip
     write("experiment/mine", "# @package _global_\ndefaults:\n  - override /model: skip_cdeq\n"
           "  - override /dataset: small\n"
           "recipe: {epochs: 7, batch: 8, lr: 0.5}\nprotocol: {max_steps: 8}\n")  # fmt: skip

@@ -27,6 +27,38 @@ def test_the_snippet_trains():
     assert all(p.grad is not None for p in names["layer"].init.parameters())
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.stem)
+def test_the_snippets_of_every_page_run(page, capsys):
+    """And say what the page says they say: finite figures, gradients where it takes some."""
+    torch.manual_seed(0)
+    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        names = {}
+        exec(snippet, names)
+        assert names["solution"].stats.residual.isfinite().all() or names["solution"].status.eq(1).all()
+        assert names["W"].grad.isfinite().all()
+        assert names["W"].grad.any()
+        assert "tensor(" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["coming-from-torchdeq", "coming-from-torchdiffeq"])
+def test_the_classes_and_options_in_the_tables_exist(page):
+    import inspect
+
+    from implicit_bench import adjoints, core, solvers
+
+    text = (ROOT / f"docs/{page}.md").read_text()
+    found = 0
+    for name, arguments in re.findall(r"`([A-Z]\w+)\(([^`]*)\)`", text):
+        component = next((getattr(m, name) for m in (solvers, adjoints, core) if hasattr(m, name)), None)
+        if component is None:  # theirs
+            continue
+        known = inspect.signature(component).parameters
+        for argument in filter(None, re.split(r",\s*", arguments)):
+            assert argument.split("=")[0] in known, f"{name}({argument})"
+            found += 1
+    assert found >= 8
+
+
 @pytest.mark.parametrize(("command", "words"), COMMANDS)
 def test_every_command_composes(command, words):
     given = [w for w in shlex.split(words) if w != "-m"]

@@ -2,9 +2,8 @@
 
 from .backsolve import Backsolve
 from .base import Adjoint, BackwardLog, Solve
-from .gmres import gmres
 from .implicit import IFT, JFB
 from .phantom import Phantom
 from .unrolled import Unroll
 
-__all__ = ["IFT", "JFB", "Adjoint", "Backsolve", "BackwardLog", "Phantom", "Solve", "Unroll", "gmres"]
+__all__ = ["IFT", "JFB", "Adjoint", "Backsolve", "BackwardLog", "Phantom", "Solve", "Unroll"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import FixedPoint, Reduce, Solver, State, Status, solve
 from ..solvers import Anderson, Picard
-from .gmres import gmres
+from ..solvers.gmres import gmres
 
 BY_STEPS: dict[str, Solver] = {"anderson": Anderson(), "picard": Picard()}
 

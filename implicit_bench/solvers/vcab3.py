@@ -80,7 +80,7 @@ class Vcab3(Adaptive):
                reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Some rows are starting: their attempt is Bogacki and Shampine's, in three calls that all rows share."""
         dt, starting = state.mem.dt, state.mem.past.accepted < 2
-        new, stages = attempt(Bosh3.tableau, F, state, dt)
+        new, stages = attempt(Bosh3.tableau, F, state, torch.where(starting, dt, 0.0))
         new = Verdict(starting)(new, adams)
         stages.append(F(new, state.t + dt.squeeze(1)))
         with torch.no_grad():

@@ -215,7 +215,8 @@ def _header(job: config.Composed, folder: Path, rec: dict[str, Any], counts: dic
     stop = rec["config"]["stop"]
     until = {"residual": f"to residual {stop.get('tol')}", "end_time": f"to t = {stop.get('t1')}",
              "fixed_steps": f"{stop.get('steps')} applications"}.get(c["stop"], c["stop"])  # fmt: skip
-    gradient = "ift (gmres)" if c["adjoint"] == "ift" else c["adjoint"]
+    linear = rec["config"]["adjoint"].get("linear")
+    gradient = f"{c['adjoint']} ({linear})" if linear else c["adjoint"]
     how = f"z0 = {c['init']} → {c['solver']} {until} → gradient: {gradient} · {sum(counts.values()):,} parameters"
     say("train", f"{line}      run {folder.name}\n{how}")
 

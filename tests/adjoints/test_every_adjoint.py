@@ -282,7 +282,7 @@ def test_a_parameter_changed_in_place_before_the_backward_is_noticed(name):
         z.sum().backward()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 @each(ROOT)
 def test_a_row_of_nan_disturbs_no_neighbour(name, data):

@@ -7,10 +7,9 @@ import torch
 from problems import BATCH, PER_SAMPLE, Watched, affine, contraction, random, tanh_map
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from implicit_bench.adjoints import gmres
 from implicit_bench.core import EndTime, FixedPoint, FixedSteps, Residual, Status, solve
 from implicit_bench.core.solve import OpenRows
-from implicit_bench.solvers import Anderson, Picard, Tsit5
+from implicit_bench.solvers import Anderson, Picard, Tsit5, gmres
 
 
 class Event:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import BATCH, PER_SAMPLE, close, contraction, f64, random, with_spectrum
 
-from implicit_bench.adjoints import gmres
+from implicit_bench.solvers import gmres
 
 EXACT = dict(rtol=1e-12, atol=0.0, max_iter=50)
 

@@ -1,3 +1,0 @@
-from ..solvers.gmres import LinearSolution, gmres
-
-__all__ = ["LinearSolution", "gmres"]
