@@ -55,7 +55,7 @@ def test_our_own_adjoints_pass(name):
     assert not failed(testing.check_adjoint(made("adjoint", name)))
 
 
-@pytest.mark.parametrize("name", ["dense"])
+@pytest.mark.parametrize("name", [n for n in named("network") if not n.endswith(("large", "imagenet"))])
 def test_our_own_networks_pass(name):
     assert not failed(testing.check_network(made("network", name, shape=(1, 8, 8), classes=10), (1, 8, 8), 10))
 
@@ -122,7 +122,7 @@ SOLVERS = {  # the checks that fail, and what they say
     broken.Lying: {"fixed point": " times further from z* than a residual of 1e-06 allows",
                    "status": ": CONVERGED at a residual of ", "field": "State.F is off F(State.z, State.t) by "},
     broken.Leaking: {"nan row": "NaN leaks: the value of the rows beside"},
-    broken.Stuck: {"fixed point": "MAX_STEPS after 5000 steps", "nan row": "ends as MAX_STEPS",
+    broken.Stuck: {"fixed point": "MAX_STEPS after 3000 steps", "nan row": "ends as MAX_STEPS",
                    "dtype": "MAX_STEPS in float32"},
     broken.Early: {"end time": "decay: off by ", "order": "5 promised", "status": "of 1, not MAX_STEPS",
                    "field": "State.F is off"},
@@ -133,7 +133,7 @@ SOLVERS = {  # the checks that fail, and what they say
     broken.Deaf: {"end time": "rotation: off by ", "order": "the whirl takes 48 steps whatever the tolerance"},
     broken.Wide: {"dtype": "a float32 start comes back with a float64 value"},
     broken.Overwriting: {"nan row": "returns it, not its last finite value", "repeat": "the start is written over"},
-    broken.Remembering: {"nan row": "", "repeat": "another answer the second time"},
+    broken.Remembering: {"nan row": "", "rows alone": "", "repeat": "another answer the second time"},
     broken.Healing: {"nan row": "the row that starts with NaN ends as CONVERGED"},
     broken.Crowded: {"rows alone": "from the same row in a batch"},
     broken.Hiding: {"nan row": "the row that runs into NaN ends as CONVERGED"},

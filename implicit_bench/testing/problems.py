@@ -63,7 +63,7 @@ def roots() -> list[Root]:
     return [
         Root("rows of rates .1 to .9", lambda z, t: rate * z + 1 - rate, 3 * ones, ones, 10.0),
         linear("matrix", contraction(4, 0.9), 0.9),
-        linear("rotation of |λ| .99", 0.99 * turn(1.0), 0.99),
+        linear("rotation of |λ| .97", 0.97 * turn(1.0), 0.97),
         Root("tanh network", lambda z, t: torch.tanh(z @ W + c), torch.zeros_like(answer), answer, 5.0),
     ]
 

@@ -64,7 +64,7 @@ def _names(status: Tensor) -> str:
 def fixed_point(solver: Any) -> str:
     tol, worst = _tol(solver), 0.0
     for problem, reduce in itertools.product(roots(), (PER_SAMPLE, BATCH)):
-        s = solve(FixedPoint(problem.f), problem.z0, solver=solver, stop=Residual(tol, "rel", 5000), reduce=reduce)
+        s = solve(FixedPoint(problem.f), problem.z0, solver=solver, stop=Residual(tol, "rel", 3000), reduce=reduce)
         require((s.status == Status.CONVERGED).all(), f"{problem.name}: {_names(s.status)} after "
                  f"{int(s.stats.steps.max())} steps at a residual of {float(s.stats.residual.max()):.0e}")  # fmt: skip
         allowed = problem.gain * tol * float(problem.map(s.value).norm())
