@@ -2,9 +2,9 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo readme test lint clean
+.PHONY: help setup demo readme bench-solvers test lint clean
 help:             ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	@start=$$(date +%s); echo "setup   building $(VENV) (about a minute, once)"; \
@@ -18,6 +18,9 @@ demo: setup       ## train a Skip DEQ on real digits and time it against its riv
 
 readme: setup     ## rewrite the demo's output in README.md
 	@PATH="$(VENV)/bin:$$PATH" $(PY) scripts/demo.py --readme
+
+bench-solvers: setup  ## solvers and train steps against their floor, torchdeq and torchdiffeq; writes results/
+	@$(PY) scripts/solver_bench.py --save
 
 test: setup       ## the whole test suite
 	@$(PY) -m pytest

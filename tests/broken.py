@@ -42,7 +42,7 @@ class Leaking(Picard):
     """Steers every row by all of them."""
 
     def step(self, F, state, reduce):
-        return super().step(F, state._replace(z=state.z + 1e-13 * state.z.mean(0)), reduce)
+        return super().step(F, state._replace(z=state.z + 1e-13 * state.z.mean(0), fz=None), reduce)
 
 
 class Stuck(Solver):

@@ -13,8 +13,11 @@ class Counted:
         self.F, self.nfe = F, 0
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.both(z, t)[0]
+
+    def both(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         self.nfe += 1
-        return self.F(z, t)
+        return self.F.both(z, t) if isinstance(self.F, FixedPoint) else (self.F(z, t), None)
 
 
 def solve(F: Field, z0: Tensor, *, solver: Solver | OwnLoop, stop: Stop, reduce: Reduce | None = None,
@@ -130,8 +133,7 @@ def _put(kept: State, rows: Tensor, new: State) -> State:
 
 
 def _put_masked(kept: State, rows: Tensor, new: State) -> State:
-    at = rows.unsqueeze(1)
-    return State(torch.where(at, new.z, kept.z), torch.where(at, new.F, kept.F), torch.where(rows, new.t, kept.t))
+    return State(*(torch.where(m, b, a) for m, a, b in zip((rows[:, None], rows[:, None], rows), kept, new)))
 
 
 class OpenRows:
@@ -147,8 +149,7 @@ class OpenRows:
         if not self.late:
             return int(count)
         before, event = self._host, self._event
-        self._host = torch.empty((), dtype=count.dtype, pin_memory=True)
-        self._host.copy_(count, non_blocking=True)
+        self._host = torch.empty((), dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
         if before is None or event is None:

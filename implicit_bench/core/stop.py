@@ -18,8 +18,7 @@ class Residual:
     """End where |F| <= tol |z + F| (norm=rel) or |F| <= tol (norm=abs), with F = f(z) - z; max_steps steps at most.
 
     per_sample: each row ends on its own residual; `auto` does so where the network's samples are independent.
-    best: return the iterate of the least residual, not the last. The residual is the one known after the last step, so
-    none of this costs an evaluation.
+    best: return the iterate of the least residual, not the last. Nothing here costs an evaluation.
     patience: end as STALLED after so many steps if the residual is within 3 tol and has varied by less than a factor
     of 1.3 over the last so many (0: never). protect: end as STALLED when the residual is this many times the first,
     times the numbers in the state (0: never). patience=30, protect=1e3 are the first paper's `deq_default`, with

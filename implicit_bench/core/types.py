@@ -44,7 +44,7 @@ class State(NamedTuple):
     F: Tensor  # (B, D)
     t: Tensor  # (B,)
     mem: Any = None  # a solver's own history
-    fz: Tensor | None = None  # z + F, where the solver makes it anyway
+    fz: Tensor | None = None  # z + F, where it is known anyway
 
     def finite(self) -> Tensor:
         """(B,) bool: which rows hold no NaN and no infinity."""
@@ -75,18 +75,20 @@ class Solution:
 
 
 class Solver:
-    """Settings and two pure functions; the loop is `solve`. A step may evaluate F any number of times.
-
-    What a solver of its own says about itself, to be refused in a sentence where it cannot work:
-    """
+    """Settings and two pure functions; the loop is `solve`. A row that has ended must stay finite (adjoint=unroll)."""
 
     has_time: ClassVar[bool] = False  # it integrates in t and can land on an end time
     one_call: ClassVar[bool] = True  # a step is one evaluation of F
     needs_map: ClassVar[bool] = False  # F must be a FixedPoint whatever the stop
 
     def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State:
-        t = torch.zeros(len(z0), dtype=_wide(z0.dtype), device=z0.device)
-        return State(z0, F(z0, t), t)
+        return self.at(F, z0, torch.zeros(len(z0), dtype=_wide(z0.dtype), device=z0.device))
+
+    @staticmethod
+    def at(F: Field, z: Tensor, t: Tensor, mem: Any = None) -> State:
+        """The state at z, one evaluation; a FixedPoint's f(z) is kept, for the stop and for root solvers."""
+        Fz, fz = F.both(z, t) if hasattr(F, "both") else (F(z, t), None)
+        return State(z, Fz, t, mem, fz)
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
         raise NotImplementedError
@@ -97,9 +99,7 @@ class Solver:
 
 
 @runtime_checkable
-class OwnLoop(Protocol):
-    """A solver of another library, which owns its loop."""
-
+class OwnLoop(Protocol):  # a solver of another library
     def solve(self, F: Field, z0: Tensor, t1: float) -> Solution: ...
 
 
@@ -124,7 +124,7 @@ class Stop(Protocol):
 
 
 class Reduce:
-    """Every norm and inner product that steers a solve goes through here.
+    """Every norm and inner product that steers a solve.
 
     per_sample: a row's step size, mixing weights and stopping depend on that row alone; scalars are (R, 1), R = B.
     Otherwise the batch is one long vector, R = 1: what batch-coupled cells (batch statistics) need.
@@ -146,12 +146,8 @@ class Reduce:
         return self.norm(a) / math.sqrt(count)
 
     def whole(self, rows: Tensor) -> Tensor:
-        """(B,) bool -> (R,): what holds for each row, or for all of them where the batch is one system."""
+        """(B,) bool -> (R,): of each row, or of all where the batch is one system."""
         return rows if self.per_sample else rows.all().unsqueeze(0)
-
-    def gram(self, V: Tensor) -> Tensor:
-        """All inner products of k states, (B, k, D) -> (R, k, k)."""
-        return self.products(V, V)
 
     def dots(self, V: Tensor, w: Tensor) -> Tensor:
         """<V_i, w>: (B, k, D), (B, D) -> (R, k)."""
@@ -176,7 +172,12 @@ class FixedPoint:
         self.f = f
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        return self.f(z, t) - z
+        return self.both(z, t)[0]
+
+    def both(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """F and f at z; no f where it is narrower than the state, as under autocast."""
+        fz = self.f(z, t)
+        return fz - z, fz if fz.dtype == z.dtype else None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -43,26 +43,30 @@ class Anderson(Solver):
     def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State:
         state = super().init(F, z0, t1, reduce)
         stack = z0.new_empty(len(z0), self.window, z0.shape[1])
-        gram = reduce.gram(stack[:, :, :0])
-        return state._replace(mem=History(0, stack, torch.empty_like(stack), gram, gram[:, 0]), fz=state.z + state.F)
+        gram = reduce.products(stack[:, :, :0], stack[:, :, :0])
+        return state._replace(mem=History(0, stack, torch.empty_like(stack), gram, torch.zeros_like(gram[:, 0])))
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
         k, dF, dG, gram, b = state.mem
         used, slot = min(k, self.window), k % self.window
-        plain = self.damping == 1.0  # then z + damping F is what the stop and the next step need as well
+        plain = state.fz is not None and self.damping == 1.0
         z: Tensor = state.fz if plain else state.z.add(state.F, alpha=self.damping)  # type: ignore[assignment]
         if used:
             L, singular = torch.linalg.cholesky_ex(gram[:, :used, :used])
-            gamma = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2)
+            gamma = torch.cholesky_solve(b[:, :used].unsqueeze(2), L).squeeze(2)
             z = z - reduce.combine(gamma.masked_fill((singular != 0).unsqueeze(1), 0.0), dG[:, :used])
-        Fz = F(z, state.t)
-        df, fz = Fz - state.F, z + Fz
+        new = self.at(F, z, state.t)
+        df = new.F - state.F
         dF = remember(dF, slot, df)
-        dg = fz - state.fz if plain else (z - state.z).add_(df, alpha=self.damping)  # type: ignore[operator]
+        known = plain and new.fz is not None
+        dg = new.fz - state.fz if known else (z - state.z).add_(df, alpha=self.damping)  # type: ignore[operator]
         dG = remember(dG, slot, dg)
         used = min(k + 1, self.window)
-        row, b = reduce.products(dF[:, :used], torch.stack((df, Fz), 1)).unbind(1)
-        gram = gram.clone() if row.requires_grad else gram
+        row = reduce.dots(dF[:, :used], df)
+        if row.requires_grad:
+            gram, b = gram.clone(), b.clone()
         gram[:, slot, :used] = gram[:, :used, slot] = row
         gram[:, slot, slot] *= 1 + self.ridge
-        return State(z, Fz, state.t, History(k + 1, dF, dG, gram, b), fz)
+        b[:, :used] += row  # <dF_i, F> follows F without another pass; its error lives as long as its difference
+        b[:, slot] = reduce.dots(df.unsqueeze(1), new.F).squeeze(1)
+        return new._replace(mem=History(k + 1, dF, dG, gram, b))

@@ -39,7 +39,7 @@ class Broyden(Solver):
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
         step, mem = state.mem.advance(state.F, reduce)
         z = state.z + step
-        return State(z, F(z, state.t), state.t, mem)
+        return self.at(F, z, state.t, mem)
 
 
 class Steps(NamedTuple):

@@ -24,6 +24,7 @@ class FixedStep(Solver):
     """
 
     has_time = True
+    order: ClassVar[int]
     tableau: ClassVar[Tableau]
 
     def __init__(self, dt: float = 0.1):
@@ -40,20 +41,20 @@ class FixedStep(Solver):
         if t > t1 * (1 - 1e-9):
             t, dt = t1, max(t1 - k * self.dt, 0.0)
         z, _ = attempt(self.tableau, F, state, state.t.new_full((1, 1), dt))
-        t = torch.full_like(state.t, t)
-        return State(z, F(z, t), t, Clock(k + 1, t1))
+        return self.at(F, z, torch.full_like(state.t, t), Clock(k + 1, t1))
 
 
 class Euler(FixedStep):
     """z <- z + dt F(z): on F = f - z a Picard iteration of damping dt. Order 1, one evaluation a step, one state."""
 
+    order = 1
     tableau = Tableau(a=((1.0,),), c=(1.0,))
 
 
 class RK4(FixedStep):
     """The classical Runge-Kutta method (Kutta 1901). Order 4, four evaluations a step, 5 states of memory."""
 
-    one_call = False
+    order, one_call = 4, False
     tableau = Tableau(
         a=((1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)), c=(1 / 2, 1 / 2, 1.0, 1.0)
     )

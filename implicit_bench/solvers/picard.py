@@ -19,5 +19,4 @@ class Picard(Solver):
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
         known = state.fz is not None and self.damping == 1.0
         z: Tensor = state.fz if known else state.z.add(state.F, alpha=self.damping)  # type: ignore[assignment]
-        Fz = F(z, state.t)
-        return State(z, Fz, state.t, fz=z + Fz)
+        return self.at(F, z, state.t)

@@ -47,11 +47,12 @@ class RungeKutta(Adaptive):
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
         new, stages = attempt(self.tableau, F, state, state.mem.dt)
-        stages.append(F(new, state.t + state.mem.dt.squeeze(1)))
+        there = self.at(F, new, state.t + state.mem.dt.squeeze(1))
+        stages.append(there.F)
         with torch.no_grad():
             e = weighted(self.tableau.e, stages).mul_(state.mem.dt)
             take, t, control = self.decide(state, self.error(e, state.z, new, reduce))
-        return State(take(new, state.z), take(stages[-1], state.F), t, control)
+        return State(take(new, state.z), take(there.F, state.F), t, control, there.fz if take.all else None)
 
 
 class Bosh3(RungeKutta):

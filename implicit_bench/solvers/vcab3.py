@@ -58,8 +58,9 @@ class Vcab3(Adaptive):
         new = torch.addcmul(state.z, h, state.F).addcmul_(hr, phi1, value=1 / 2).addcmul_(c, phi2, value=1 / 3)
         if starting is None:
             new = ahead(new, state.z)
-            Fz = F(new, state.t + dt.squeeze(1))
+            _, Fz, _, _, fz = self.at(F, new, state.t + dt.squeeze(1))
         else:
+            fz = None
             new, Fz, error = self._start(F, state, ahead(new, state.z), error, reduce)
         new1 = Fz - state.F
         new2 = torch.addcmul(new1, r, phi1, value=-1)
@@ -74,7 +75,8 @@ class Vcab3(Adaptive):
                     starting = None
             last, span, size = take(dt, last), take(dt + last, span), take(new_size, size)
         past = Past(last, span, take(new1, phi1), take(new2, phi2), size, accepted, starting)
-        return State(take(new, state.z), take(Fz, state.F), t, control._replace(past=past))
+        mem = control._replace(past=past)
+        return State(take(new, state.z), take(Fz, state.F), t, mem, fz if take.all else None)
 
     def _start(self, F: Field, state: State, adams: Tensor, adams_error: Tensor,
                reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

@@ -14,8 +14,8 @@ def test_norm_and_rms():
 
 
 def test_gram_and_dots():
-    close(PER_SAMPLE.gram(V), torch.stack([V[b] @ V[b].T for b in range(4)]), 1e-13)
-    close(BATCH.gram(V), sum(V[b] @ V[b].T for b in range(4)).unsqueeze(0), 1e-13)
+    close(PER_SAMPLE.products(V, V), torch.stack([V[b] @ V[b].T for b in range(4)]), 1e-13)
+    close(BATCH.products(V, V), sum(V[b] @ V[b].T for b in range(4)).unsqueeze(0), 1e-13)
     close(PER_SAMPLE.dots(V, W), torch.stack([V[b] @ W[b] for b in range(4)]), 1e-13)
     close(BATCH.dots(V, W), sum(V[b] @ W[b] for b in range(4)).unsqueeze(0), 1e-13)
 
@@ -40,7 +40,7 @@ def test_sums_of_low_precision_are_float32():
         for got, wanted in (
             (reduce.norm(ones), (4096 * rows) ** 0.5),
             (reduce.rms(ones), 1.0),
-            (reduce.gram(stack), 4096.0 * rows),
+            (reduce.products(stack, stack), 4096.0 * rows),
             (reduce.dots(stack, ones), 4096.0 * rows),
         ):
             assert got.dtype == torch.float32
@@ -49,4 +49,4 @@ def test_sums_of_low_precision_are_float32():
 
 
 def test_double_stays_double():
-    assert PER_SAMPLE.norm(W).dtype == PER_SAMPLE.gram(V).dtype == BATCH.dots(V, W).dtype == torch.float64
+    assert PER_SAMPLE.norm(W).dtype == PER_SAMPLE.products(V, V).dtype == BATCH.dots(V, W).dtype == torch.float64

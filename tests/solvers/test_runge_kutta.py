@@ -231,11 +231,11 @@ def test_an_unknown_controller_is_refused_in_a_sentence(controller):
 
 
 @both
-def test_euler_of_step_one_is_picard_bit_for_bit(reduce):
+def test_euler_of_step_one_is_picard(reduce):
     F, z0 = tanh_map(contraction(4, 0.8), random(3, 4, seed=1)), torch.zeros(3, 4).double()
     for stop in (Residual(1e-9, max_steps=300), FixedSteps(7)):
         euler, picard = (solve(F, z0, solver=s, stop=stop, reduce=reduce) for s in (Euler(1.0), Picard()))
-        assert torch.equal(euler.value, picard.value)
+        close(euler.value, picard.value, 1e-14)  # z + (f - z) against f
         assert torch.equal(euler.stats.nfe, picard.stats.nfe)
         assert torch.equal(euler.status, picard.status)
     assert Euler.one_call
