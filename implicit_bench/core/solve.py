@@ -123,7 +123,9 @@ class _Best:
 
 
 def _put(kept: State, rows: Tensor, new: State) -> State:
-    """`kept` with some rows from `new`; copies those rows only, at the price of the host looking which they are."""
+    """`kept` with some rows from `new`; of a large state only those are copied, and the host looks which they are."""
+    if len(rows) > 1 and new.z.numel() < 2**16:
+        return _put_masked(kept, rows, new)
     index = rows.nonzero().squeeze(1)
     if len(index) == len(rows):
         return new

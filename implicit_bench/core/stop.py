@@ -19,10 +19,8 @@ class Residual:
 
     per_sample: each row ends on its own residual; `auto` does so where the network's samples are independent.
     best: return the iterate of the least residual, not the last. Nothing here costs an evaluation.
-    patience: end as STALLED after so many steps if the residual is within 3 tol and has varied by less than a factor
-    of 1.3 over the last so many (0: never). protect: end as STALLED when the residual is this many times the first,
-    times the numbers in the state (0: never). patience=30, protect=1e3 are the first paper's `deq_default`, with
-    best=true its `deq_best` (arXiv 2201.12240).
+    patience: end as STALLED if within 3 tol and, over so many steps, within a factor of 1.3 (0: never); protect: if so
+    many times the first times the numbers in the state (0: never). arXiv 2201.12240's deq_default has 30 and 1e3.
     """
 
     t1 = math.inf
