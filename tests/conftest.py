@@ -17,3 +17,18 @@ def _quiet_wandb(tmp_path, monkeypatch):
     for name in ("CACHE", "DATA", "CONFIG"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / f"wandb-{name.lower()}"))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Makes every flag a late one, as on CUDA, from the moment it is called."""
+    from late import Event
+
+    empty = torch.empty
+
+    def force():
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+
+    return force

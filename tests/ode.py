@@ -8,7 +8,7 @@ import torch
 from problems import PER_SAMPLE, contraction, f64, random
 from scipy.integrate import solve_ivp
 
-from implicit_bench.core import EndTime
+from implicit_bench.core import EndTime, Status, solve
 
 
 class Spy(EndTime):
@@ -29,6 +29,27 @@ def exp_sin(z, t):
 def decay(rates):
     """z' = -r z (1 + sin(3t) / 2), another rate in each row; elementwise, so that rows are bit for bit their own."""
     return lambda z, t: -rates * z * (1 + 0.5 * torch.sin(3 * t)[:, None])
+
+
+RATES = f64([[0.1], [1.0], [8.0], [40.0]])
+
+
+def beside_nan(solver, nan, when):
+    """`decay` solved clean, and with the field of row `nan` NaN beyond the time `when`: (clean, sick).
+
+    The sick row ends by itself, at once or as a step too small, and the others keep every bit.
+    """
+    bad = torch.arange(4)[:, None] == nan
+
+    def broken(z, t):
+        return torch.where(bad & (t[:, None] > when), torch.nan, decay(RATES)(z, t))
+
+    z0 = f64([[1.0, 2.0]] * 4)
+    good, s = (solve(F, z0, solver=solver, stop=EndTime(2.0), reduce=PER_SAMPLE) for F in (decay(RATES), broken))
+    assert s.status[nan] == (Status.NONFINITE if when < 0 else Status.STEP_TOO_SMALL)
+    for i in set(range(4)) - {nan}:
+        assert torch.equal(s.value[i], good.value[i])
+    return good, s
 
 
 def decayed(rates, z0, t):

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from implicit_bench.adjoints import Solve
 from implicit_bench.core import EndTime, FixedPoint, Reduce, Residual
 from implicit_bench.solvers import Anderson
+from implicit_bench.testing.problems import BATCH, PER_SAMPLE, contraction, random
 
-PER_SAMPLE, BATCH = Reduce(per_sample=True), Reduce(per_sample=False)
+__all__ = ["BATCH", "PER_SAMPLE", "contraction", "random"]  # of the conformance kit, and what follows
+
 TIGHT = Residual(tol=1e-13, max_steps=500)
-
-
-def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def f64(values: Any, *repeat: int) -> Tensor:
@@ -34,12 +32,6 @@ def with_spectrum(values: Sequence[float], seed: int = 0) -> Tensor:
     n = len(values)
     Q = torch.linalg.qr(random(n, n, seed=seed))[0]
     return Q @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ Q.T
-
-
-def contraction(n: int, norm: float, seed: int = 0) -> Tensor:
-    """An unsymmetric matrix of this spectral norm."""
-    W = random(n, n, seed=seed)
-    return W * (norm / torch.linalg.matrix_norm(W, 2))
 
 
 def affine(rates: Sequence[float], limit: float = float("inf")) -> FixedPoint:

@@ -60,7 +60,7 @@ class ImplicitLayer(nn.Module):
     @property
     def one_call(self) -> bool:
         """Is a step of the solver one evaluation of the cell, so that a budget of evaluations is one of steps?"""
-        return isinstance(self.solver, Solver) and self.solver.one_call
+        return self.solver.one_call
 
     def within(self, x: Tensor, steps: int) -> LayerOutput:
         """The layer allowed only so many applications of the cell, at least one."""
@@ -127,21 +127,21 @@ class ImplicitLayer(nn.Module):
         if own_loop and self.stop.t1 == float("inf"):
             raise ValueError(f"solver={name} integrates to an end time and cannot stop at a residual; use "
                              "stop=end_time or solver=tsit5")  # fmt: skip
-        if self.stop.t1 < float("inf") and not (own_loop or self.solver.has_time):
+        if self.stop.t1 < float("inf") and not self.solver.has_time:
             raise ValueError(f"solver={name} finds roots and has no time; use stop=residual or solver=tsit5")
         if isinstance(self.stop, FixedSteps) and not self.one_call:
             raise ValueError(f"stop=fixed_steps counts applications of the cell, and solver={name} makes several a "
                              "step; use solver=picard or solver=anderson")  # fmt: skip
-        if is_ode and getattr(self.solver, "needs_map", False):
+        if is_ode and self.solver.needs_map:
             raise ValueError(f"solver={name} follows a path to a fixed point, which field=ode does not have; use "
                              "field=equilibrium or solver=tsit5")  # fmt: skip
         if own_loop and (ours := [option for option in self.adjoint.of_ours if getattr(self.adjoint, option)]):
             raise ValueError(f"adjoint.{ours[0]}=true is for our own solvers, but solver={name} makes its steps "
                              f"itself; use solver=tsit5 or adjoint.{ours[0]}=false")  # fmt: skip
-        if isinstance(self.adjoint, Unroll) and getattr(self.solver, "needs_map", False):
+        if isinstance(self.adjoint, Unroll) and self.solver.needs_map:
             raise ValueError(f"solver={name} differentiates the cell to make its steps, and adjoint=unroll cannot "
                              "differentiate it twice; use adjoint=ift")  # fmt: skip
-        if self.adjoint.needs_end_time and getattr(self.solver, "needs_map", False):
+        if self.adjoint.needs_end_time and self.solver.needs_map:
             raise ValueError(f"adjoint=backsolve integrates dz/dt back in time, but solver={name} follows a path on "
                              "which t is no time; use adjoint=ift")  # fmt: skip
         if self.adjoint.needs_end_time and self.stop.t1 == float("inf"):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..core import Field, Reduce, Solver, State
 from .memory import remember
+from .picard import damped
 
 
 class History(NamedTuple):
@@ -49,8 +50,7 @@ class Anderson(Solver):
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
         k, dF, dG, gram, b = state.mem
         used, slot = min(k, self.window), k % self.window
-        plain = state.fz is not None and self.damping == 1.0
-        z: Tensor = state.fz if plain else state.z.add(state.F, alpha=self.damping)  # type: ignore[assignment]
+        before = z = damped(state, self.damping)
         if used:
             L, singular = torch.linalg.cholesky_ex(gram[:, :used, :used])
             gamma = torch.cholesky_solve(b[:, :used].unsqueeze(2), L).squeeze(2)
@@ -58,9 +58,7 @@ class Anderson(Solver):
         new = self.at(F, z, state.t)
         df = new.F - state.F
         dF = remember(dF, slot, df)
-        known = plain and new.fz is not None
-        dg = new.fz - state.fz if known else (z - state.z).add_(df, alpha=self.damping)  # type: ignore[operator]
-        dG = remember(dG, slot, dg)
+        dG = remember(dG, slot, damped(new, self.damping) - before)
         used = min(k + 1, self.window)
         row = reduce.dots(dF[:, :used], df)
         if row.requires_grad:

@@ -17,6 +17,11 @@ class Picard(Solver):
         self.damping = float(damping)
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
-        known = state.fz is not None and self.damping == 1.0
-        z: Tensor = state.fz if known else state.z.add(state.F, alpha=self.damping)  # type: ignore[assignment]
-        return self.at(F, z, state.t)
+        return self.at(F, damped(state, self.damping), state.t)
+
+
+def damped(state: State, damping: float) -> Tensor:
+    """z + damping F, (B, D): f(z) itself at damping 1, where it is known."""
+    if state.fz is not None and damping == 1.0:
+        return state.fz
+    return state.z.add(state.F, alpha=damping)

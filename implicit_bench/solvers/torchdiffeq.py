@@ -19,6 +19,8 @@ class TorchDiffeq:
     as NaN, status NONFINITE.
     """
 
+    has_time, one_call, needs_map = True, False, False
+
     def __init__(self, method: str = "dopri5", rtol: float = 1e-3, atol: float = 1e-3, step_size: float | None = None):
         from torchdiffeq._impl.odeint import SOLVERS
         from torchdiffeq._impl.solvers import FixedGridODESolver

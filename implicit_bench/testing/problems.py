@@ -36,8 +36,8 @@ def f64(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def turn(angle: float) -> Tensor:
@@ -45,8 +45,9 @@ def turn(angle: float) -> Tensor:
     return f64([[c, s], [-s, c]])
 
 
-def contraction(n: int, norm: float) -> Tensor:
-    A = random(n, n)
+def contraction(n: int, norm: float, seed: int = 0) -> Tensor:
+    """An unsymmetric matrix of this spectral norm."""
+    A = random(n, n, seed=seed)
     return A * (norm / torch.linalg.matrix_norm(A, 2))
 
 

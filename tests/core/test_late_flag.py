@@ -4,38 +4,12 @@ import math
 
 import pytest
 import torch
+from late import Event, Reads
 from problems import BATCH, PER_SAMPLE, Watched, affine, contraction, random, tanh_map
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit_bench.core import EndTime, FixedPoint, FixedSteps, Residual, Status, solve
 from implicit_bench.core.solve import OpenRows
 from implicit_bench.solvers import Anderson, Picard, Tsit5, gmres
-
-
-class Event:
-    """A copy is there once its event has been waited for."""
-
-    waited = 0
-
-    def record(self):
-        pass
-
-    def synchronize(self):
-        Event.waited += 1
-
-
-@pytest.fixture
-def late(monkeypatch):
-    """Makes every flag a late one, as on CUDA, from the moment it is called."""
-    empty = torch.empty
-
-    def force():
-        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
-
-    return force
-
 
 MIXED = affine((0.5, 3.0, -0.7, 0.9), limit=100.0)  # one row goes NaN, the others end one by one
 TANH = tanh_map(contraction(3, 0.8), random(4, 3, seed=1))
@@ -79,19 +53,6 @@ def test_the_host_reads_only_what_it_has_waited_for(late):
     rows = [torch.tensor([True, True]), torch.tensor([True, False]), torch.tensor([False, False])]
     assert [flag.read(r) for r in rows] == [1, 2, 1]  # nothing known yet, then the count of the call before
     assert Event.waited == 2
-
-
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: a scalar read, or a shape that depends on values."""
-
-    def __init__(self):
-        super().__init__()
-        self.reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
-        self.reads += func.overloadpacket.__name__ in waits
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", CASES)

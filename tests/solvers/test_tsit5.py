@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from ode import Spy, decay, decayed, exp_sin, numpy_field, start
+from ode import RATES, Spy, decay, decayed, exp_sin, numpy_field, start
 from problems import BATCH, PER_SAMPLE, Watched, affine, close, contraction, f64, random, tanh_map
 from scipy.integrate import solve_ivp
 
@@ -73,19 +73,6 @@ def test_a_clock_tells_the_time():
     close(s.value, f64([[0.7]]), 1e-14)
     s = solve(lambda z, t: t[:, None].expand_as(z), f64([[0.0]]), solver=Tsit5(), stop=EndTime(3.0))
     close(s.value, f64([[4.5]]), 1e-12)  # a start at which z and F both vanish
-
-
-RATES = f64([[0.1], [1.0], [8.0], [40.0]])
-
-
-def test_per_sample_each_row_steps_as_if_alone():
-    z0 = f64([[1.0, 2.0]] * 4)
-    batch = solve(decay(RATES), z0, solver=Tsit5(), stop=EndTime(2.0), reduce=PER_SAMPLE)
-    assert len(set(batch.stats.steps.tolist())) == 4
-    for i in range(4):
-        row = solve(decay(RATES[i : i + 1]), z0[i : i + 1], solver=Tsit5(), stop=EndTime(2.0), reduce=PER_SAMPLE)
-        assert torch.equal(batch.value[i : i + 1], row.value)
-        assert (batch.stats.steps[i], batch.stats.nfe[i]) == (row.stats.steps, row.stats.nfe)
 
 
 def test_batch_wide_all_rows_share_one_step():
