@@ -66,8 +66,8 @@ def solve(F: Field, z0: Tensor, *, solver: Solver | OwnLoop, stop: Stop, reduce:
         bad = bad | (running ^ alive)
         steps = torch.where(running, k, steps)
         running = alive & going
-        best.see(state, score, alive, running)
-        n_open = flag.read(running)
+        before, n_open = n_open, flag.read(running)
+        best.see(state, score, alive, running, n_open < before)
     value = best.close(running)
     with torch.no_grad():
         steps = torch.where(running, len(nfe) - 1, steps).expand(len(z0))
@@ -104,8 +104,8 @@ class _Best:
         self.least, self.late = score, late
         self.fresh: Tensor | None = None  # none yet: `kept` has them all
 
-    def see(self, new: State, score: Tensor | None, alive: Tensor, still: Tensor) -> None:
-        """`alive` rows have a finite new state; `still` are those of them that go on."""
+    def see(self, new: State, score: Tensor | None, alive: Tensor, still: Tensor, ended: bool) -> None:
+        """`alive` rows have a finite new state; `still` are those of them that go on; `ended`: some do not."""
         better = alive
         if score is not None and self.least is not None:
             better = alive & (score < self.least)
@@ -115,7 +115,8 @@ class _Best:
             return
         if self.fresh is not None:
             self.kept = _put(self.kept, self.fresh & ~better, self.at)
-        self.kept = _put(self.kept, better & ~still, new)
+        if ended:
+            self.kept = _put(self.kept, better & ~still, new)
         self.at, self.fresh = new, better & still
 
     def close(self, running: Tensor) -> State:

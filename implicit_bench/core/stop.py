@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .types import Reduce, State, Status
 
-_TINY = torch.finfo(torch.float32).tiny
 PerSample = bool | Literal["auto"]
 
 
@@ -61,7 +60,7 @@ class ResidualWatch:
         size = self.reduce.norm(state.F)
         if self.stop.norm == "rel":
             fz = state.z + state.F if state.fz is None else state.fz
-            size = size / self.reduce.norm(fz).clamp_min(_TINY)
+            size = size / self.reduce.norm(fz).clamp_min(torch.finfo(torch.float32).tiny)
         return size.squeeze(1)
 
     def verdict(self, state: State) -> Tensor:

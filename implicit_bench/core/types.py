@@ -6,6 +6,7 @@ Shapes: B rows (samples) of D numbers. A state of any shape is flattened to (B, 
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -180,5 +181,4 @@ class FixedPoint:
         return fz - z, fz if fz.dtype == z.dtype else None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+_wide = functools.cache(lambda dtype: torch.promote_types(dtype, torch.float32))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core import Field, Reduce, Solver, State
-from .memory import remember
+from .memory import remember_change
 from .picard import damped
 
 
@@ -53,13 +53,12 @@ class Anderson(Solver):
         before = z = damped(state, self.damping)
         if used:
             L, singular = torch.linalg.cholesky_ex(gram[:, :used, :used])
-            gamma = torch.cholesky_solve(b[:, :used].unsqueeze(2), L).squeeze(2)
-            z = z - reduce.combine(gamma.masked_fill((singular != 0).unsqueeze(1), 0.0), dG[:, :used])
+            gamma = torch.cholesky_solve(b[:, :used].neg().unsqueeze(2), L).squeeze(2)
+            z = reduce.combine(gamma.masked_fill((singular != 0).unsqueeze(1), 0.0), dG[:, :used]).add_(z)
         new = self.at(F, z, state.t)
-        df = new.F - state.F
-        dF = remember(dF, slot, df)
-        dG = remember(dG, slot, damped(new, self.damping) - before)
-        used = min(k + 1, self.window)
+        dF = remember_change(dF, slot, new.F, state.F)
+        dG = remember_change(dG, slot, damped(new, self.damping), before)
+        used, df = min(k + 1, self.window), dF[:, slot]
         row = reduce.dots(dF[:, :used], df)
         if row.requires_grad:
             gram, b = gram.clone(), b.clone()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -8,4 +9,12 @@ def remember(stack: Tensor, slot: int, state: Tensor) -> Tensor:
     if stack.requires_grad or state.requires_grad:
         return stack.index_copy(1, stack.new_tensor([slot]).long(), state.unsqueeze(1))
     stack[:, slot] = state
+    return stack
+
+
+def remember_change(stack: Tensor, slot: int, new: Tensor, old: Tensor) -> Tensor:
+    """`remember` new - old, without a copy of it."""
+    if stack.requires_grad or new.requires_grad or old.requires_grad:
+        return remember(stack, slot, new - old)
+    torch.sub(new, old, out=stack[:, slot])
     return stack

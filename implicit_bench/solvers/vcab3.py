@@ -66,7 +66,7 @@ class Vcab3(Adaptive):
         new2 = torch.addcmul(new1, r, phi1, value=-1)
         with torch.no_grad():
             new_size = reduce.rms(new2 / self.tolerance(new.abs())) / 3
-            error = torch.where(new_size.isfinite(), error, torch.inf)  # else F is not, beyond this step
+            error = torch.where(new_size < torch.inf, error, torch.inf)  # else F is not, beyond this step
             take, t, control = self.decide(state, error, self.ratio if starting is None else self.grow)
             if starting is not None:
                 accepted = accepted + take.accept
