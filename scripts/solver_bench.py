@@ -77,7 +77,11 @@ def radius(f: Callable[[Tensor], Tensor], z: Tensor, rounds: int = 30) -> float:
     return growth
 
 
-def dense(device: torch.device) -> Problem:
+Layout = torch.memory_format
+CONTIGUOUS = torch.contiguous_format
+
+
+def dense(device: torch.device, layout: Layout = CONTIGUOUS) -> Problem:
     network = Dense((1, 28, 28), 10).to(device)
     x = torch.rand(32, 1, 28, 28, device=device)
     with torch.no_grad():
@@ -87,9 +91,9 @@ def dense(device: torch.device) -> Problem:
                    torch.zeros(32, network.cell.size, device=device), Reduce(True), network.cell)  # fmt: skip
 
 
-def groupnorm(device: torch.device) -> Problem:
-    cell = GroupNormCell().to(device)
-    x = torch.randn(64, *cell.shape, device=device)
+def groupnorm(device: torch.device, layout: Layout = CONTIGUOUS) -> Problem:
+    cell = GroupNormCell().to(device, memory_format=layout)
+    x = torch.randn(64, *cell.shape, device=device).contiguous(memory_format=layout)
     start = torch.zeros_like(x)
     with torch.no_grad():
         for _ in range(6):  # scale the last norm until the radius at the fixed point is .9
@@ -101,14 +105,15 @@ def groupnorm(device: torch.device) -> Problem:
                    Reduce(True), cell)  # fmt: skip
 
 
-def mdeq_small(device: torch.device) -> Problem:
+def mdeq_small(device: torch.device, layout: Layout = CONTIGUOUS) -> Problem:
     """Weights after 300 training steps on CIFAR-10 (the first 250 unrolled 5 times); a batch of 64, of noise."""
     network = Mdeq((3, 32, 32), 10)
     network.load_state_dict(torch.load(ROOT / "scripts/mdeq_small_300.pt", weights_only=True))
-    network = network.to(device).eval()
+    network = network.to(device, memory_format=layout).eval()
     cell, scales = network.cell, network.cell.scales
     with torch.no_grad():
-        ctx = cell.begin(network.stem(torch.randn(64, 3, 32, 32, device=device)))
+        images = torch.randn(64, 3, 32, 32, device=device).contiguous(memory_format=layout)
+        ctx = cell.begin(network.stem(images))
     zero = torch.zeros(64, cell.size, device=device)
     return Problem("mdeq_small", lambda z, t: cell(z, ctx, t), lambda z: cell(z, ctx, None), zero, Reduce(False), cell,
                    lambda zs: cell.branches(zs, ctx), scales.unpack(zero))  # peers get the flat state, as we do
@@ -339,12 +344,14 @@ def train(device: torch.device, seconds: float, cells: list[str],
         problem = CELLS[name](device)
         rows = make(problem)
         exact = Step(our_step(problem, Anderson(), Residual(1e-6, max_steps=200), IFT(1e-5, max_iter=200)), problem, "")
-        truth = exact.gradient()
+        truths = {False: exact.gradient()}
         facts = {}
         for row, step in rows.items():
-            if "dopri5" in row:  # the gradient of another problem: against the most exact way through the same steps
-                truth = rows["dopri5 direct torchdiffeq"].gradient()
-            error = float((step.gradient() - truth).norm() / truth.norm())
+            ode = "dopri5" in row
+            if ode not in truths:  # the gradient of another problem
+                fine = our_step(problem, Dopri5(1e-5, 1e-5), EndTime(1.0), Unroll(checkpoint=True), ode=True)
+                truths[ode] = Step(fine, problem, "").gradient()
+            error = float((step.gradient() - truths[ode]).norm() / truths[ode].norm())
             facts[row] = {**step.quality(), "gradient_error": error}
         samples = clock.interleave({n: timed(step, device) for n, step in rows.items()}, seconds=seconds, rounds=200)
         print(f"{name}: {samples.rounds} rounds", flush=True)
@@ -361,6 +368,56 @@ def train(device: torch.device, seconds: float, cells: list[str],
     return found
 
 
+LAPS = ("f ms", "f with graph ms", "VJP ms")
+VARIANTS = {"eager": (CONTIGUOUS, False), "channels_last": (torch.channels_last, False),
+            "compiled": (CONTIGUOUS, True), "channels_last, compiled": (torch.channels_last, True)}  # fmt: skip
+
+
+def variants(device: torch.device, seconds: float, cells: list[str]) -> list[dict[str, Any]]:
+    """f without and with a graph, and a VJP, of the cell as it is laid out and compiled."""
+    found = []
+    for name in cells:
+        rows = {}
+        for variant, (layout, compiled) in VARIANTS.items():
+            torch.manual_seed(0)
+            problem = CELLS[name](device, layout)
+            if compiled:
+                problem.module.compile()
+            rows[variant] = _priced(problem, device)
+            rows[variant]()  # compiles
+        samples = clock.interleave(rows, seconds=seconds, rounds=200)
+        print(f"{name}: {samples.rounds} rounds", flush=True)
+        for row, values in samples.rows.items():
+            ms = {lap: clock.summary(v)["median"] for lap, v in values.items()}
+            r = clock.ratio(*([sum(t) for t in zip(*s.values())] for s in (values, samples.rows["eager"])))
+            found.append({"cell": name, "row": row, **ms, "ratio": r.value, "low": r.low, "high": r.high,
+                          "rounds": r.n})  # fmt: skip
+            print(f"  {row:24}" + "".join(f"  {lap} {t:8.3f}" for lap, t in ms.items())
+                  + f"  x{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]")  # fmt: skip
+        for row, why in samples.failed.items():
+            print(f"  {row:24} failed: {why}")
+    return found
+
+
+def _priced(problem: Problem, device: torch.device) -> Callable[[], dict[str, float]]:
+    timer = clock.StepTimer(device)
+
+    def measure() -> dict[str, float]:
+        z = problem.start.detach().requires_grad_()
+        v = torch.ones_like(z)
+        timer.start()
+        with torch.no_grad():
+            problem.native(z)
+        timer.lap("f ms")
+        out = problem.native(z)
+        timer.lap("f with graph ms")
+        torch.autograd.grad(out, z, v)
+        timer.lap("VJP ms")
+        return timer.read()
+
+    return measure
+
+
 def page(facts: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
     """The Markdown of what was measured, a table a part."""
     text = (f"# Solvers against their floor and their peers\n\n{facts['hardware']}, torch {facts['torch']}, "
@@ -373,6 +430,9 @@ def page(facts: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
             columns = ["cell", "solver", "calls", "time a call", "x the cell alone", "added a call"]
             cells = [[r["cell"], r["row"], str(r["calls"]), f"{r['us_a_call']:,.0f} us", s, f"{r['added_us']:,.0f} us"]
                      for r, s in zip(good, span)]  # fmt: skip
+        elif part == "cell":
+            columns = ["cell", "variant", *LAPS, "x eager, in all"]
+            cells = [[r["cell"], r["row"], *(f"{r[lap]:.3f}" for lap in LAPS), s] for r, s in zip(good, span)]
         else:
             columns = ["cell", "row", "ms", "x its first row", "f calls", "residual", "gradient error"]
             cells = [[r["cell"], r["row"], f"{r['ms']:.2f}", s, str(r["calls"]), f"{r['residual']:.1e}",
@@ -399,6 +459,7 @@ def main() -> None:
         "overhead": lambda: overhead(device.torch, args.time, cells),
         "train": lambda: train(device.torch, args.time, cells, step_pairs),
         "best": lambda: train(device.torch, args.time, cells, best_rows),
+        "cell": lambda: variants(device.torch, args.time, cells),
     }
     found = {part: parts[part]() for part in args.parts or parts}
     facts["alone"] = alone.read()

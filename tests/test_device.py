@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from implicit_bench.device import Device
+from implicit_bench.models import Mdeq
 
 
 def test_settings_are_resolved_for_this_machine():
@@ -33,6 +34,14 @@ def test_a_model_is_placed_in_its_dtype_and_layout():
     assert device.place(net)[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert device.images(torch.rand(2, 4, 5, 5)).is_contiguous(memory_format=torch.channels_last)
     assert Device("cpu", dtype="float64").images(torch.rand(1, 1, 2, 2)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("asked", "mdeq", "plain"), [(None, True, False), (False, False, False), (True, True, True)])
+def test_channels_last_is_for_networks_whose_flat_states_have_it(asked, mdeq, plain):
+    device = Device("cpu", channels_last=asked)
+    assert device.place(Mdeq((3, 8, 8), 10)).cell.scales.channels_last == mdeq
+    weight = device.place(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3)))[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == plain
 
 
 def test_bfloat16_is_autocast():

@@ -44,10 +44,15 @@ class Backsolve(Adjoint):
         if isinstance(solver, OwnLoop):
             return self._foreign(F, z0.detach(), forward, wrt, log)
         solution = forward.untracked(F, z0)
-        t1 = forward.stop.t1
+        t1, kind = forward.stop.t1, z0.device.type
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+        def as_forward(z: Tensor, t: Tensor) -> Tensor:
+            with autocast:  # a backward is called without
+                return F(z, t)
 
         def correction(g: Tensor) -> list[Tensor | None]:
-            return [None, *self._back(F, solver, t1, solution.value, g, wrt, log)]
+            return [None, *self._back(as_forward, solver, t1, solution.value, g, wrt, log)]
 
         z = Corrected.apply("backsolve", correction, solution.value, *wrt)
         return self._output(F, z, t1, log), solution, log
@@ -63,7 +68,7 @@ class Backsolve(Adjoint):
             with torch.enable_grad():
                 dz = F(z, (t1 - s).expand(len(z)))
             grads = torch.autograd.grad(dz, (z, *wrt), a, allow_unused=True, materialize_grads=True)
-            return torch.cat([-dz.detach().flatten(), *(grad.flatten() for grad in grads)]).unsqueeze(0)
+            return torch.cat([-dz.detach().to(row.dtype).flatten(), *(grad.flatten() for grad in grads)]).unsqueeze(0)
 
         size = g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny) if self.unit_cotangent else 1.0
         row = torch.cat([z1.flatten(), (g / size).flatten(), g.new_zeros(sum(sizes))]).unsqueeze(0)

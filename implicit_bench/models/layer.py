@@ -91,6 +91,8 @@ class ImplicitLayer(nn.Module):
         else:  # evaluation, or a frozen layer below a head that trains
             solution, log = problem.untracked(F, start), BackwardLog()
             z = solution.fixed_point if isinstance(F, FixedPoint) else solution.value
+        if self.init.calls:  # a penalty's gradient through f(0, x) is a VJP too
+            log.watch(start)
         return LayerOutput(z, start, solution, log)
 
     def _closed_over(self, ctx: Any, z: Tensor) -> list[Tensor]:

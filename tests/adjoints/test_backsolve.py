@@ -332,3 +332,20 @@ def test_the_seminorm_sees_the_cotangent():
     s = torch.linspace(0, 1, 20_001).double()
     close(u.grad.squeeze(), torch.trapezoid(torch.exp(6 / 9 * (torch.sin(f64(9.0)) - torch.sin(9 * s))), s), 1e-5)
     assert log.vjps > 50
+
+
+@pytest.mark.parametrize("field", ["ode", "equilibrium"])
+def test_the_backward_evaluates_the_field_under_the_forwards_autocast(field):
+    """A backward runs outside the forward's autocast, where float32 weights may meet a bfloat16 context."""
+    cell, seen = TanhCell().float(), []
+    cell.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    x = X.float().requires_grad_()
+    layer = layer_of(cell, Backsolve(), Dopri5(1e-3, 1e-3), field)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = layer(x).z
+    calls = len(seen)
+    (z.float() * G.float()).sum().backward()
+    assert len(seen) > calls and all(seen)
+    assert not torch.is_autocast_enabled("cpu")
+    exact = gradients(TanhCell(), Backsolve(), Dopri5(1e-8, 1e-8), field=field)
+    assert cosine(x.grad.double(), exact[-1]) > 0.999

@@ -135,3 +135,11 @@ def test_an_ode_puts_out_its_end_and_an_equilibrium_f_of_it():
         assert torch.equal(out.z, out.solution.value)
         # dz/dt = f, without the - z of an equilibrium: the two are different networks
         assert float((out.z - layer_of(Zero, Unroll(), solver, EndTime(2.0), cell)(X).z).detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(("init", "more"), [(Zero, 0), (FZero, 1), (SkipNet, 0)])
+def test_a_penaltys_vjp_through_f_at_zero_is_counted(init, more):
+    layer = ImplicitLayer(cell := TanhCell(), init(network(cell)), Picard(), Residual(1e-6), JFB())
+    out = layer(random(3, 4, seed=1))
+    (out.z.sum() + out.start.sum()).backward()
+    assert out.backward.vjps == 1 + more
