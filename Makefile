@@ -23,7 +23,7 @@ bench-solvers: setup  ## solvers and train steps against their floor, torchdeq a
 	@$(PY) scripts/solver_bench.py --save
 
 test: setup       ## the whole test suite
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n auto --maxprocesses 4
 
 lint: setup       ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m mypy

@@ -173,7 +173,7 @@ def identity(*words):
         ("model=deq stop.tol=0.010", "model=deq"),
         ("model=deq protocol.tol=1e-3", "model=deq stop.tol=1e-3"),
         ("length=short", "recipe.epochs=3"),
-        ("length=smoke", "recipe.epochs=1 recipe.max_steps=50"),
+        ("length=smoke", "recipe.epochs=1 recipe.max_steps=50 recipe.eval_images=500"),
         ("logger=none paths.runs=x paths.data=y force=true progress.log_steps=7", "seed=0"),
     ],
 )

@@ -26,6 +26,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.y)
 
+    def first(self, n: int | None) -> Split:
+        return Split(self.x[:n], self.y[:n])
+
 
 @dataclass(frozen=True)
 class Data:

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
     parts = config.build(cfg)  # what cannot work is said before anything is written
     sink: Sink = config.make(cfg["logger"], "logger")
     data = parts.dataset.load(Path(cfg["paths"]["data"]), device.torch, fetch=lambda line: say("data", line))
+    n = parts.recipe.eval_images
+    data = replace(data, val=data.val.first(n), test=data.test.first(n))
     try:
         parts.recipe.total_steps(len(data.train))
     except ValueError as mistake:

@@ -21,6 +21,7 @@ class Recipe:
     epochs: int = 20
     batch: int = 32
     eval_batch: int = 500
+    eval_images: int | None = None  # validate and test on the first so many of each split
     max_steps: int | None = None  # ends the run early, schedule and all
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: float = 1e-3
@@ -47,8 +48,9 @@ class Recipe:
             raise ValueError("recipe.nesterov=true needs recipe.optimizer=sgd and a positive recipe.momentum")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"recipe.clip={self.clip} must be positive, or null for none")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"recipe.max_steps={self.max_steps} must be positive, or null for no limit")
+        for name in ("max_steps", "eval_images"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"recipe.{name}={value} must be positive, or null for no limit")
 
     def steps_an_epoch(self, n_train: int) -> int:
         """Whole batches only; an incomplete last one is left out of the epoch."""

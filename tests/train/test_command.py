@@ -170,6 +170,17 @@ def test_dtype_float64_trains_in_float64(tmp_path):
     assert done.record["solve"]["residual"] < 1e-10
 
 
+def test_judging_on_the_first_images_only(tmp_path):
+    whole = jobs.run(tmp_path, "length=smoke").record
+    part = jobs.run(tmp_path, "length=smoke", "recipe.eval_images=40").record
+    assert (whole["data"]["n_test"], part["data"]["n_test"]) == (360, 40)
+    assert sum(part["solve"]["test"]["status_counts"].values()) == 40
+    assert part["metrics"]["test_acc"] * 40 == pytest.approx(round(part["metrics"]["test_acc"] * 40))
+    assert part["metrics"]["train_loss"] == whole["metrics"]["train_loss"]  # training is the same
+    with pytest.raises(config.UsageError, match="recipe.eval_images=0 must be positive"):
+        jobs.run(tmp_path, "recipe.eval_images=0")
+
+
 def test_bfloat16_autocast_trains(tmp_path):
     done = jobs.run(tmp_path, "recipe.epochs=3", "gpu.dtype=bfloat16", "stop.tol=3e-2", "adjoint.rtol=3e-2")
     assert done.record["metrics"]["test_acc"] > 0.8
