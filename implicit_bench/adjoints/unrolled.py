@@ -19,7 +19,8 @@ class Unroll(Adjoint):
     Step sizes and the time at which a solve stops are constants. An equilibrium layer puts out f(z) of the last z,
     whose evaluation the solve has made. through_start: the gradient reaches the start as well. A row that ended as
     NONFINITE gets no gradient (else 0 times infinity would spoil that of every parameter): the solve is then made a
-    second time without it.
+    second time without it. But an attempt that an adaptive method rejected because the field was NaN stays in the
+    graph, and so does its NaN: use adjoint=backsolve with such a field.
 
     Cost: one VJP of F for each call that z depends on (one that only chose the first step's size is none). Memory: the
     graphs of all calls; with `checkpoint` (Chen et al., arXiv 1604.06174) the states of all steps and the graph of

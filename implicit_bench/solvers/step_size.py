@@ -100,7 +100,7 @@ class Verdict:
     def __init__(self, accept: Tensor):
         self.accept = accept
         self.count = None if accept.is_cuda else int(torch.count_nonzero(accept))
-        self.all, self.none = self.count == len(accept), self.count == 0
+        self.all, self.none = self.count == accept.numel(), self.count == 0
 
     def __call__(self, new: Tensor, old: Tensor) -> Tensor:
         """torch.where(accept, new, old)"""

@@ -46,15 +46,18 @@ class Vcab3(Adaptive):
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
         dt, past = state.mem.dt, state.mem.past
         last, span, phi1, phi2, size, accepted, starting = past
-        with torch.no_grad():
-            r = dt / last
-            hr = dt * r
-            c = hr * dt.add(last, alpha=1.5) / span
-            error = (c * size).masked_fill_(dt == 0, torch.inf)  # a row that has landed stands still
-            ahead = Verdict(error <= 1.0)
-            if ahead.none and starting is None:
-                return state._replace(mem=self.decide(state, error)[2]._replace(past=past))
-        h, hr, c, r = (a.to(state.z.dtype) for a in (dt, hr, c, r))
+        r = dt / last
+        hr = dt * r
+        c = hr * dt.add(last, alpha=1.5) / span
+        error = c * size
+        if state.mem.t1 < torch.inf:
+            error.masked_fill_(dt == 0, torch.inf)  # a row that has landed stands still
+        ahead = Verdict(error <= 1.0)
+        if ahead.none and starting is None:
+            return state._replace(mem=self.decide(state, error)[2]._replace(past=past))
+        h = dt
+        if h.dtype != state.z.dtype:
+            h, hr, c, r = (a.to(state.z.dtype) for a in (dt, hr, c, r))
         new = torch.addcmul(state.z, h, state.F).addcmul_(hr, phi1, value=1 / 2).addcmul_(c, phi2, value=1 / 3)
         if starting is None:
             new = ahead(new, state.z)

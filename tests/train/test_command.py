@@ -177,7 +177,7 @@ def test_judging_on_the_first_images_only(tmp_path):
     assert sum(part["solve"]["test"]["status_counts"].values()) == 40
     assert part["metrics"]["test_acc"] * 40 == pytest.approx(round(part["metrics"]["test_acc"] * 40))
     assert part["metrics"]["train_loss"] == whole["metrics"]["train_loss"]  # training is the same
-    with pytest.raises(config.UsageError, match="recipe.eval_images=0 must be positive"):
+    with pytest.raises(config.UsageError, match=r"recipe\.eval_images=0 must be positive"):
         jobs.run(tmp_path, "recipe.eval_images=0")
 
 
