@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import EndTime, Field, FixedPoint, OwnLoop, Reduce, Solution, Solver, solve
+from ..core.solve import as_now
 from .base import Adjoint, BackwardLog, Corrected, Solve
 
 
@@ -20,7 +21,8 @@ class Backsolve(Adjoint):
     `max_steps` caps the attempts of the backward solve. The equation is linear in a: `unit_cotangent`
     starts it at unit size and scales the result, so that its error is controlled whatever the scale of the loss; else,
     as in torchdiffeq and SciML, cotangents of a mean loss may lie below the absolute tolerance, hardly controlled.
-    torchdiffeq's solvers use torchdiffeq's own adjoint, without these options.
+    A row whose forward was cut short is integrated back from the time it reached. torchdiffeq's solvers use
+    torchdiffeq's own adjoint, without these options.
 
     Cost: one evaluation with graph and one VJP for each call of the augmented field. Memory: one such graph and the
     solver's states, each of 2 B D + |theta| numbers, whatever the number of steps. The gradient is that of the
@@ -44,33 +46,34 @@ class Backsolve(Adjoint):
         if isinstance(solver, OwnLoop):
             return self._foreign(F, z0.detach(), forward, wrt, log)
         solution = forward.untracked(F, z0)
-        t1, kind = forward.stop.t1, z0.device.type
-        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-        def as_forward(z: Tensor, t: Tensor) -> Tensor:
-            with autocast:  # a backward is called without
-                return F(z, t)
+        kind, t1 = z0.device.type, forward.stop.t1
+        as_forward = as_now(F, kind) if torch.is_autocast_enabled(kind) else F
 
         def correction(g: Tensor) -> list[Tensor | None]:
-            return [None, *self._back(as_forward, solver, t1, solution.value, g, wrt, log)]
+            return [None, *self._back(as_forward, solver, t1, solution, g, wrt, log)]
 
         z = Corrected.apply("backsolve", correction, solution.value, *wrt)
         return self._output(F, z, t1, log), solution, log
 
-    def _back(self, F: Field, solver: Solver, t1: float, z1: Tensor, g: Tensor, wrt: Sequence[Tensor],
+    def _back(self, F: Field, solver: Solver, t1: float, solution: Solution, g: Tensor, wrt: Sequence[Tensor],
               log: BackwardLog) -> list[Tensor]:  # fmt: skip
-        """dL/d(wrt) from g = dL/dz(t1)."""
-        n, sizes = z1.numel(), [w.numel() for w in wrt]
+        """dL/d(wrt) from g = dL/dz at the time each row reached; on their one clock s, t = reached (1 - s / t1)."""
+        z1, reached = solution.value, solution.stats.t
+        n, sizes, pace = z1.numel(), [w.numel() for w in wrt], (reached / t1).to(z1.dtype).unsqueeze(1)
+        cut_short = bool((reached < t1).any())
 
         def augmented(row: Tensor, s: Tensor) -> Tensor:
             z = row[0, :n].view_as(z1).detach().requires_grad_()
             a = row[0, n : 2 * n].view_as(z1)
             with torch.enable_grad():
-                dz = F(z, (t1 - s).expand(len(z)))
+                dz = F(z, (t1 - s) * (reached / t1))
+            if cut_short:
+                a = pace * a
             grads = torch.autograd.grad(dz, (z, *wrt), a, allow_unused=True, materialize_grads=True)
+            dz = pace * dz if cut_short else dz
             return torch.cat([-dz.detach().to(row.dtype).flatten(), *(grad.flatten() for grad in grads)]).unsqueeze(0)
 
-        size = g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny) if self.unit_cotangent else 1.0
+        size = Reduce(False).rms(g).clamp_min(torch.finfo(g.dtype).tiny) if self.unit_cotangent else g.new_ones(1, 1)
         row = torch.cat([z1.flatten(), (g / size).flatten(), g.new_zeros(sum(sizes))]).unsqueeze(0)
         reduce = Seminorm(2 * n) if self.seminorm else Reduce(per_sample=False)
         done = solve(augmented, row, solver=solver, stop=EndTime(t1, self.max_steps), reduce=reduce)
@@ -78,7 +81,7 @@ class Backsolve(Adjoint):
         log.calls += done.stats.calls
         log.iterations, log.status = done.stats.steps.expand(len(z1)), done.status.expand(len(z1))
         theta = done.value[0, 2 * n :].split(sizes)
-        return [grad.view_as(w) * size for grad, w in zip(theta, wrt)]
+        return [grad.view_as(w) * size.squeeze() for grad, w in zip(theta, wrt)]
 
     def _output(self, F: Field, z: Tensor, t1: float, log: BackwardLog) -> Tensor:
         """An equilibrium layer puts out f(z) of the last z, under this adjoint as under any other."""
@@ -99,7 +102,7 @@ class Backsolve(Adjoint):
 
         stop: Any = forward.stop
         solver: Any = forward.solver
-        solution = solver.solve(counted, z0, stop.t1, wrt)
+        solution = solver.solve(counted, z0, stop, wrt)
         done = True
         z = self._output(F, solution.value, stop.t1, log)
         return z, replace(solution, value=solution.value.detach()), log

@@ -18,9 +18,9 @@ class Unroll(Adjoint):
 
     Step sizes and the time at which a solve stops are constants. An equilibrium layer puts out f(z) of the last z,
     whose evaluation the solve has made. through_start: the gradient reaches the start as well. A row that ended as
-    NONFINITE gets no gradient (else 0 times infinity would spoil that of every parameter): the solve is then made a
-    second time without it. But an attempt that an adaptive method rejected because the field was NaN stays in the
-    graph, and so does its NaN: use adjoint=backsolve with such a field.
+    NONFINITE gets no gradient. Where f was not finite for some row, if only in an attempt that was rejected or after
+    the row's end, 0 times infinity would spoil the gradient of every parameter: the solve is then made a second time,
+    in which the graph holds f of the start in such a place.
 
     Cost: one VJP of F for each call that z depends on (one that only chose the first step's size is none). Memory: the
     graphs of all calls; with `checkpoint` (Chen et al., arXiv 1604.06174) the states of all steps and the graph of
@@ -45,9 +45,21 @@ class Unroll(Adjoint):
             solver.step = step  # type: ignore[method-assign]
             solve = replace(solve, solver=solver)
 
+        fine = torch.ones(len(z0), dtype=torch.bool, device=z0.device)  # rows whose f has been finite throughout
+
         def counted(z: Tensor, t: Tensor) -> Tensor:
+            nonlocal fine
             log.calls += done  # a step that the backward makes again
-            return log.watch(f(z, t))
+            out = log.watch(f(z, t))
+            fine = fine & finite(out)
+            return out
+
+        def harmless(z: Tensor, t: Tensor) -> Tensor:
+            """`counted`, whose graph never sees a row at which f is not finite; two calls."""
+            with torch.no_grad():
+                out = counted(z, t)
+            good = (finite(out) & finite(z)).unsqueeze(1)
+            return torch.where(good, counted(torch.where(good, z, rest), t), out)
 
         def run(f: Field) -> tuple[Tensor, Solution]:
             s = solve(FixedPoint(f) if equilibrium else f, z0)
@@ -55,10 +67,15 @@ class Unroll(Adjoint):
             return s.fixed_point if equilibrium else s.value, bare
 
         z, solution = run(counted)
-        lost = ((solution.status == Status.NONFINITE) & z.isfinite().all(1)).unsqueeze(1)
-        if bool(lost.any()):
-            rest = z0 if equilibrium else torch.zeros_like(z0)  # what f is of a row that stays where it started
-            again, second = run(lambda z, t: torch.where(lost, rest, counted(z, t)))
-            z, log.forward_calls = torch.where(lost, z.detach(), again), second.stats.calls
+        if not bool(fine.all()):
+            rest = torch.where(finite(z0).unsqueeze(1), z0.detach(), 0.0)
+            again, second = run(harmless)
+            lost = (solution.status == Status.NONFINITE).unsqueeze(1)
+            z, log.forward_calls = torch.where(lost, z.detach(), again), 2 * second.stats.calls
         done = True
         return z, solution, log
+
+
+def finite(z: Tensor) -> Tensor:
+    """(B, D) -> (B,) bool"""
+    return z.detach().sum(1).isfinite()

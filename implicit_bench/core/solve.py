@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import Field, FixedPoint, OwnLoop, Reduce, Solution, Solver, State, Stats, Status, Stop
+from .types import Field, FixedPoint, OwnLoop, Reduce, Solution, Solver, State, Stats, Status, Stop, relative
 
 
 class Counted:
@@ -29,16 +29,20 @@ def solve(F: Field, z0: Tensor, *, solver: Solver | OwnLoop, stop: Stop, reduce:
     disturbs its neighbours, unless the batch is one system, which ends as one. Never raises for a failed solve: read
     `Solution.status`. `trace` keeps the relative residual after every step.
     On a CUDA device the question "does any row go on?" is read one step late, so that the host never waits for the
-    device; the step taken in vain moves nothing and is not in `stats.nfe` (it is in `stats.calls`).
+    device; the step taken in vain moves nothing and is not in `stats.nfe` (it is in `stats.calls`). Under autocast f
+    alone is: states, norms and inner products keep the precision of z0.
     """
+    if torch.is_autocast_enabled(z0.device.type):
+        F = as_now(F, z0.device.type)
+        with torch.autocast(z0.device.type, enabled=False):
+            return solve(F, z0, solver=solver, stop=stop, reduce=reduce, trace=trace)
     reduce = reduce or Reduce(per_sample=False)
     if isinstance(solver, OwnLoop):  # a foreign library: end time only
-        return solver.solve(F, z0, stop.t1)
+        return solver.solve(F, z0, stop)
     measured = stop.needs_equilibrium or isinstance(F, FixedPoint)  # else |F| is a speed, not a residual
     F = Counted(F)
     state = solver.init(F, z0, stop.t1, reduce)
-    watch = stop.watch(reduce)
-    seen: list[Tensor] = []
+    watch, seen = stop.watch(reduce), list[Tensor]()
 
     def traced(state: State, k: int) -> Tensor:
         seen.append(relative_residual(state.z, state.F))
@@ -73,22 +77,25 @@ def solve(F: Field, z0: Tensor, *, solver: Solver | OwnLoop, stop: Stop, reduce:
         steps = torch.where(running, len(nfe) - 1, steps).expand(len(z0))
         status = watch.verdict(value).masked_fill(bad, int(Status.NONFINITE))
         if solver.has_time:  # a row that neither the stop nor the cap ended: the solver gave it up
-            stuck = (status == Status.MAX_STEPS) & ~running
-            status = status.masked_fill(stuck, int(Status.STEP_TOO_SMALL))
+            unmet = (status == Status.MAX_STEPS) | (status == Status.REACHED_END) & (stop.t1 == torch.inf)
+            status = status.masked_fill(unmet & ~running & ~bad, int(Status.STEP_TOO_SMALL))
         residual = relative_residual(value.z, value.F) if measured else value.t.new_full(value.t.shape, torch.nan)
-        stats = Stats(steps, torch.tensor(nfe, device=z0.device)[steps], F.nfe, residual, _history(seen, steps))
+        after = torch.arange(len(seen), device=z0.device).unsqueeze(1) > steps
+        history = torch.stack(seen).masked_fill(after, torch.nan) if seen else None
+        stats = Stats(steps, torch.tensor(nfe, device=z0.device)[steps], F.nfe, value.t, residual, history)
     return Solution(value.z, value.F, status.expand(len(z0)), stats)
+
+
+def as_now(F: Field, kind: str) -> Field:
+    """F wherever it is called, a backward too, under the autocast of now."""
+    autocast = torch.autocast(kind, torch.get_autocast_dtype(kind))
+    return FixedPoint(autocast(F.f)) if isinstance(F, FixedPoint) else autocast(F)
 
 
 def relative_residual(z: Tensor, F: Tensor) -> Tensor:
     """|F| / |z + F| of each row, (B,): the step f(z) - z measured against f(z)."""
     rows = Reduce(per_sample=True)
-    return (rows.norm(F) / rows.norm(z + F).clamp_min(torch.finfo(torch.float32).tiny)).squeeze(1)
-
-
-def _history(seen: list[Tensor], steps: Tensor) -> Tensor | None:
-    after = torch.arange(len(seen), device=steps.device).unsqueeze(1) > steps
-    return torch.stack(seen).masked_fill(after, torch.nan) if seen else None
+    return relative(rows.norm(F), rows.norm(z + F)).squeeze(1)
 
 
 class _Best:
@@ -111,7 +118,7 @@ class _Best:
             better = alive & (score < self.least)
             self.least = torch.where(better, score, self.least)
         if self.late:
-            self.kept = _put_masked(self.kept, better, new)
+            self.kept = _put(self.kept, better, new, True)
             return
         if self.fresh is not None:
             self.kept = _put(self.kept, self.fresh & ~better, self.at)
@@ -123,20 +130,14 @@ class _Best:
         return self.kept if self.fresh is None else _put(self.kept, self.fresh & running, self.at)
 
 
-def _put(kept: State, rows: Tensor, new: State) -> State:
+def _put(kept: State, rows: Tensor, new: State, late: bool = False) -> State:
     """`kept` with some rows from `new`; of a large state only those are copied, and the host looks which they are."""
-    if len(rows) > 1 and new.z.numel() < 2**16:
-        return _put_masked(kept, rows, new)
+    if late or (len(rows) > 1 and new.z.numel() < 2**16):
+        return State(*(torch.where(m, b, a) for m, a, b in zip((rows[:, None], rows[:, None], rows), kept, new)))
     index = rows.nonzero().squeeze(1)
-    if len(index) == len(rows):
-        return new
-    if not len(index):
-        return kept
+    if len(index) in (0, len(rows)):
+        return new if len(index) else kept
     return State(*(a.index_copy(0, index, b[index]) for a, b in zip(kept[:3], new[:3])))
-
-
-def _put_masked(kept: State, rows: Tensor, new: State) -> State:
-    return State(*(torch.where(m, b, a) for m, a, b in zip((rows[:, None], rows[:, None], rows), kept, new)))
 
 
 class OpenRows:
@@ -144,18 +145,17 @@ class OpenRows:
 
     def __init__(self, late: bool):
         self.late = late
-        self._host: Tensor | None = None
-        self._event: torch.cuda.Event | None = None
+        self._last: tuple[Tensor, torch.cuda.Event] | None = None
 
     def read(self, open_rows: Tensor) -> int:
         count = torch.count_nonzero(open_rows)
         if not self.late:
             return int(count)
-        before, event = self._host, self._event
-        self._host = torch.empty((), dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
-        if before is None or event is None:
+        before = self._last
+        host = torch.empty((), dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
+        self._last = host, torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._last[1].record()
+        if before is None:
             return 1
-        event.synchronize()
-        return int(before)
+        before[1].synchronize()
+        return int(before[0])

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .types import Reduce, State, Status
+from .types import Reduce, State, Status, relative
 
 PerSample = bool | Literal["auto"]
 
@@ -18,7 +18,7 @@ class Residual:
 
     per_sample: each row ends on its own residual; `auto` does so where the network's samples are independent.
     best: return the iterate of the least residual, not the last. Nothing here costs an evaluation.
-    patience: end as STALLED if within 3 tol and, over so many steps, within a factor of 1.3 (0: never); protect: if so
+    patience: end as STALLED if within 3 tol and the last so many are within a factor of 1.3 (0: never); protect: if so
     many times the first times the numbers in the state (0: never). arXiv 2201.12240's deq_default has 30 and 1e3.
     """
 
@@ -54,13 +54,14 @@ class ResidualWatch:
         residual = self.residual(state)
         if self.stop.best:
             self.score = residual
-        return residual > self.stop.tol
+            return residual > self.stop.tol
+        return (residual > self.stop.tol) & (residual < math.inf)
 
     def residual(self, state: State) -> Tensor:
         size = self.reduce.norm(state.F)
         if self.stop.norm == "rel":
             fz = state.z + state.F if state.fz is None else state.fz
-            size = size / self.reduce.norm(fz).clamp_min(torch.finfo(torch.float32).tiny)
+            size = relative(size, self.reduce.norm(fz))
         return size.squeeze(1)
 
     def verdict(self, state: State) -> Tensor:
@@ -74,20 +75,16 @@ class ResidualWatch:
 class Impatient(ResidualWatch):
     """With the papers' two ways to give up."""
 
-    stalled: Tensor  # (R,) bool
-    limit: Tensor  # (R,) residual that is too much
-
     def open(self, state: State, k: int) -> Tensor:
         residual, protect, patience = self.residual(state), self.stop.protect, self.stop.patience
         self.score = residual if self.stop.best else None
         if k == 0:
             numbers = state.z.numel() // len(residual)
-            self.limit = residual * protect * numbers if protect else torch.full_like(residual, torch.inf)
+            self.limit = residual * (protect * numbers or torch.inf)
             self.stalled, self.recent = residual.new_zeros(len(residual), dtype=torch.bool), list[Tensor]()
-        open_rows = residual > self.stop.tol
+        open_rows = (residual > self.stop.tol) & (residual < math.inf)
         self.stalled = self.stalled | (open_rows & (residual >= self.limit))
-        if patience:
-            self.recent = [*self.recent, residual][-patience:]
+        self.recent = [*self.recent, residual][-patience:] if patience else []
         if len(self.recent) == patience > 0:
             window = torch.stack(self.recent)
             self.stalled |= open_rows & (residual <= 3 * self.stop.tol) & (window.amax(0) < 1.3 * window.amin(0))

@@ -58,6 +58,7 @@ class Stats:
     steps: Tensor  # (B,) int64: solver steps until the row ended
     nfe: Tensor  # (B,) int64: evaluations of F until the row ended
     calls: int  # evaluations of F in all, what the solve cost
+    t: Tensor  # (B,) the time reached
     residual: Tensor  # (B,) relative residual |F| / |z + F| of the value; NaN for an ODE, where |F| is a speed
     trace: Tensor | None = None  # (steps + 1, B) the residual after every step, NaN after a row's end
 
@@ -101,7 +102,7 @@ class Solver:
 
 @runtime_checkable
 class OwnLoop(Protocol):  # a solver of another library
-    def solve(self, F: Field, z0: Tensor, t1: float) -> Solution: ...
+    def solve(self, F: Field, z0: Tensor, stop: Stop) -> Solution: ...
 
 
 class Watch(Protocol):
@@ -143,8 +144,7 @@ class Reduce:
 
     def rms(self, a: Tensor) -> Tensor:
         """Root mean square, the norm in which ODE solvers measure error, (B, D) -> (R, 1)."""
-        count: int = a.shape[-1] if self.per_sample else a.numel()
-        return self.norm(a) / math.sqrt(count)
+        return self.norm(a) / math.sqrt(a.shape[-1] if self.per_sample else a.numel())
 
     def whole(self, rows: Tensor) -> Tensor:
         """(B,) bool -> (R,): of each row, or of all where the batch is one system."""
@@ -156,14 +156,12 @@ class Reduce:
 
     def products(self, V: Tensor, W: Tensor) -> Tensor:
         """<W_j, V_i>: (B, k, D), (B, l, D) -> (R, l, k), in one pass over V."""
-        return self._rows(torch.bmm(W.to(_wide(W.dtype)), V.to(_wide(V.dtype)).mT))
+        sums = torch.bmm(W.to(_wide(W.dtype)), V.to(_wide(V.dtype)).mT)
+        return sums if self.per_sample else sums.sum(0, keepdim=True)
 
     def combine(self, h: Tensor, V: Tensor) -> Tensor:
         """sum_i h_i V_i: (R, k), (B, k, D) -> (B, D), in V's dtype."""
         return torch.bmm(h.to(V.dtype).unsqueeze(1).expand(len(V), -1, -1), V).squeeze(1)
-
-    def _rows(self, sums: Tensor) -> Tensor:
-        return sums if self.per_sample else sums.sum(0, keepdim=True)
 
 
 class FixedPoint:
@@ -179,6 +177,11 @@ class FixedPoint:
         """F and f at z; no f where it is narrower than the state, as under autocast."""
         fz = self.f(z, t)
         return fz - z, fz if fz.dtype == z.dtype else None
+
+
+def relative(size: Tensor, of: Tensor) -> Tensor:
+    """size / of, at most 1e30 where `of` is zero and size is finite."""
+    return size / of.add(size, alpha=1e-30).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 _wide = functools.cache(lambda dtype: torch.promote_types(dtype, torch.float32))

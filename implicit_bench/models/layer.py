@@ -48,6 +48,9 @@ class ImplicitLayer(nn.Module):
         if wanted is True and not cell.batch_independent:
             raise ValueError("per-sample stopping needs independent samples, but this network uses batch statistics; "
                              "use stop.per_sample=false or network.norm=group")  # fmt: skip
+        if wanted is True and isinstance(solver, OwnLoop):
+            raise ValueError(f"stop.per_sample=true is for our own solvers: solver={type(solver).__name__} takes one "
+                             "step size for the whole batch; use solver=tsit5 or stop.per_sample=auto")  # fmt: skip
         self.reduce = Reduce(cell.batch_independent if wanted == "auto" else bool(wanted))
 
     def forward(self, x: Tensor) -> LayerOutput:
@@ -80,7 +83,7 @@ class ImplicitLayer(nn.Module):
         def f(z: Tensor, t: Tensor) -> Tensor:
             return self.cell(z, ctx, t)
 
-        start = self.init(x, f)
+        start, probed = self.init(x, f), self._direct
         F: Field = FixedPoint(f) if (field or self.field) == "equilibrium" else f
         problem = Solve(solver, stop, self.reduce)
         parameters = self.cell.parameters()  # type: ignore[attr-defined]
@@ -88,6 +91,7 @@ class ImplicitLayer(nn.Module):
         if torch.is_grad_enabled() and learns:
             wrt = self._closed_over(ctx, start) if closure else [x] if x.requires_grad else []
             z, solution, log = adjoint(F, start, problem, wrt)
+            log.forward_calls += closure and self._direct is not probed  # what f closes over was asked of the cell
         else:  # evaluation, or a frozen layer below a head that trains
             solution, log = problem.untracked(F, start), BackwardLog()
             z = solution.fixed_point if isinstance(F, FixedPoint) else solution.value

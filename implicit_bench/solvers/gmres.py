@@ -27,8 +27,10 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
 
     With per-sample reductions every row is its own linear system, all advanced by the same products; else the batch
     is one system. A row is done when |r| <= atol + rtol |b|, tested before the first iteration, and then left alone;
-    so is a row whose Krylov space is exhausted to rounding, not converged where A is singular on it.
-    Cost: one product an iteration (none when b is small enough), max_iter + 1 states of memory.
+    so is a row whose Krylov space is exhausted to rounding, not converged where A is singular on it. A row is converged
+    only if what rounding leaves of its residual, eps |H| |y|, is within the bound as well.
+    Cost: one product an iteration (none when b is small enough); max_iter + 1 states of memory, as many again while the
+    basis grows.
     """
     beta = reduce.norm(b)
     bound = atol + rtol * beta
@@ -82,6 +84,9 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         H = torch.where(own.unsqueeze(1), H[:, :j, :j], torch.eye(j, dtype=dtype, device=b.device))
         y = torch.linalg.solve_triangular(H, g, upper=True).squeeze(2)
         x = reduce.combine(y, V[:, :j])
+        # what rounding leaves of b - A x, whatever the recurrence says: its estimate falls for ever
+        size = torch.linalg.matrix_norm(torch.where(own.unsqueeze(1), H, 0.0)) * torch.linalg.vector_norm(y, dim=1)
+        residual = torch.maximum(residual, torch.finfo(b.dtype).eps * size.unsqueeze(1))
     relative = residual / beta.clamp_min(tiny)
     converged = (residual <= bound) & beta.isfinite() | (beta <= tiny**0.5)
     return LinearSolution(x, iterations, products, relative, beta, converged)

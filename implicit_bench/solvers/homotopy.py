@@ -86,7 +86,7 @@ class Homotopy(Solver):
             new = self.corrector.step(corrected, new, reduce)
         size = reduce.norm(new.z + new.F)
         error = reduce.norm(new.F) / size.clamp_min(torch.finfo(size.dtype).tiny)
-        accept = (error <= self.rtol) | (lam >= end)  # not where it is NaN
+        accept = (error <= self.rtol) | (lam >= end)  # a NaN only at the end, where the loop sees it
         dlam = dlam * (self.rtol / (2 * error)).sqrt().clamp(0.5, 2.0).nan_to_num(0.5)
         z, Fz = torch.where(accept, new.z, z), torch.where(accept, Fz, state.F)
         return State(z, Fz, torch.where(accept, goal, lam).squeeze(1), Path(a, end, dlam))

@@ -56,15 +56,15 @@ class Adaptive(Solver):
     def error(self, e: Tensor, z: Tensor, new: Tensor, reduce: Reduce) -> Tensor:
         return reduce.rms(e.div_(self.tolerance(torch.maximum(z.abs(), new.abs()))))
 
-    def decide(self, state: State, error: Tensor, grow: float = 10.0) -> tuple[Verdict, Tensor, Control]:
+    def decide(self, state: State, error: Tensor, grow: float | Tensor = 10.0) -> tuple[Verdict, Tensor, Control]:
         """The verdict, the time then (B,), and what is next."""
         dt, memory, t1 = state.mem[:3]
         k, take = self.order, Verdict(error <= 1.0)
         if self.controller == "pi":
-            factor = (memory * error.pow(-0.7 / k)).clamp(self.shrink, grow)
+            factor = (memory * error.pow(-0.7 / k)).clamp_min(self.shrink).clamp_max(grow)
             memory = take(self.safety * error.clamp_min(1e-4).pow(0.4 / k), memory)
         else:
-            factor = (self.safety * error.pow(-1 / k)).clamp(1.0, grow)
+            factor = (self.safety * error.pow(-1 / k)).clamp_min(1.0).clamp_max(grow)
         if not take.all:
             factor = take(factor, (self.safety * error.pow(-1 / k)).nan_to_num(0.0).clamp(self.shrink, 1.0))
         t, following = state.t + dt.squeeze(1), dt * factor

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Field, FixedPoint, Solution, State, Stats, Status, relative_residual
+from ..core import Field, FixedPoint, Solution, State, Stats, Status, Stop, relative_residual
 from ..core.solve import Counted
+
+FAILURES = {"underflow in dt": Status.STEP_TOO_SMALL, "non-finite values": Status.NONFINITE,
+            "max_num_steps": Status.MAX_STEPS}  # fmt: skip
 
 
 class TorchDiffeq:
@@ -15,14 +18,15 @@ class TorchDiffeq:
 
     One step-size sequence for the whole batch. Adaptive methods steer by rtol and atol; dopri5 costs 6 evaluations an
     attempt and 2 to start, and memory for 7 stages and the interpolant. Methods of fixed steps take steps of
-    `step_size`, or one step over the whole interval without it. A failed solve (its assertion on step size) comes back
-    as NaN, status NONFINITE.
+    `step_size`, or one step over the whole interval without it. A failed solve (its assertions) comes back as NaN, with
+    a status that says why; stop.max_steps caps the attempts of Runge-Kutta methods.
     """
 
     has_time, one_call, needs_map = True, False, False
 
     def __init__(self, method: str = "dopri5", rtol: float = 1e-3, atol: float = 1e-3, step_size: float | None = None):
         from torchdiffeq._impl.odeint import SOLVERS
+        from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
         from torchdiffeq._impl.solvers import FixedGridODESolver
 
         if method not in SOLVERS:
@@ -33,34 +37,39 @@ class TorchDiffeq:
         if step_size is not None and not step_size > 0:
             raise ValueError(f"solver.step_size={step_size} must be positive, such as 0.1")
         self.method, self.rtol, self.atol = method, float(rtol), float(atol)
+        self.adapts = issubclass(SOLVERS[method], RKAdaptiveStepsizeODESolver)
         self.options = {} if step_size is None else {"step_size": float(step_size)}
 
-    def solve(self, F: Field, z0: Tensor, t1: float, wrt: Sequence[Tensor] | None = None) -> Solution:
+    def solve(self, F: Field, z0: Tensor, stop: Stop, wrt: Sequence[Tensor] | None = None) -> Solution:
         """As core.solve does it; an equilibrium layer puts out f(z), so that its field is evaluated at the end."""
         equilibrium, F = isinstance(F, FixedPoint), Counted(F)
-        z = self.integrate(F, z0, t1, wrt)
-        t = z.new_full((len(z),), t1)
+        z, failed = self.integrate(F, z0, stop, wrt)
+        t = z.new_full((len(z),), stop.t1)
         end = State(z, F(z, t) if equilibrium else torch.zeros_like(z), t)
         nfe = torch.full((len(z),), F.nfe, device=z0.device)
         with torch.no_grad():
-            status = torch.where(end.finite(), int(Status.REACHED_END), int(Status.NONFINITE))
+            status = torch.where(end.finite(), int(Status.REACHED_END), int(failed))
             field = end.F if equilibrium else torch.full_like(z, torch.nan)
-            return Solution(z, field, status, Stats(nfe, nfe, F.nfe, relative_residual(z, field)))
+            return Solution(z, field, status, Stats(nfe, nfe, F.nfe, t, relative_residual(z, field)))
 
-    def integrate(self, F: Field, z0: Tensor, t1: float, wrt: Sequence[Tensor] | None = None) -> Tensor:
-        """z(t1), (B, D). With `wrt`, the gradient comes from torchdiffeq's continuous adjoint, else by autograd."""
+    def integrate(self, F: Field, z0: Tensor, stop: Stop, wrt: Sequence[Tensor] | None) -> tuple[Tensor, Status]:
+        """z(t1), (B, D), and why it is NaN. With `wrt`, by torchdiffeq's continuous adjoint, else by autograd."""
         from torchdiffeq import odeint, odeint_adjoint
 
         def field(t: Tensor, z: Tensor) -> Tensor:
             return F(z, t.expand(len(z)))
 
-        times = torch.tensor([0.0, t1], dtype=z0.dtype, device=z0.device)
-        settings: dict[str, Any] = dict(method=self.method, rtol=self.rtol, atol=self.atol, options=self.options)
+        times = torch.tensor([0.0, stop.t1], dtype=z0.dtype, device=z0.device)
+        options = {**self.options, "max_num_steps": stop.max_steps} if self.adapts else self.options
+        settings: dict[str, Any] = dict(method=self.method, rtol=self.rtol, atol=self.atol, options=options)
         try:
             if wrt is None:
-                return odeint(field, z0, times, **settings)[-1]
-            return odeint_adjoint(field, z0, times, adjoint_params=tuple(wrt), **settings)[-1]
+                return odeint(field, z0, times, **settings)[-1], Status.NONFINITE
+            settings |= {"adjoint_params": tuple(wrt), "adjoint_options": self.options}
+            return odeint_adjoint(field, z0, times, **settings)[-1], Status.NONFINITE
         except AssertionError as error:
-            if not str(error).startswith(("underflow in dt", "non-finite values", "max_num_steps")):
+            failed = next((status for start, status in FAILURES.items() if str(error).startswith(start)), None)
+            if failed is None:
                 raise  # the field's own
-            return torch.full_like(z0, float("nan")) * sum((w.sum() for w in wrt or ()), z0.new_zeros(()))
+            nowhere = torch.full_like(z0, float("nan")) * sum((w.sum() for w in wrt or ()), z0.new_zeros(()))
+            return nowhere, failed

@@ -29,7 +29,7 @@ class Case(NamedTuple):
         return solve(FixedPoint(f) if self.root else f, z0, solver=solver, stop=self.stop, reduce=PER_SAMPLE)
 
 
-RATES = (0.4, 0.9, -0.8, 0.7)
+RATES = (0.4, 0.9, -1e-4, 0.7)  # a slow one, whose steps grow while others start
 
 
 def _cases(solver: Any, rates: Sequence[float] = RATES) -> list[Case]:

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from problems import TanhCell, Watched, close, cosine, counted, f64, network, random, to_end
+from problems import BATCH, PER_SAMPLE, TanhCell, Watched, close, cosine, counted, f64, network, random, to_end
 from torch import nn
 from torchdiffeq import odeint_adjoint
 
-from implicit_bench.adjoints import Backsolve, Unroll
+from implicit_bench.adjoints import Backsolve, Solve, Unroll
 from implicit_bench.core import EndTime, FixedPoint, Status
 from implicit_bench.models import ImplicitLayer, SkipNet, Zero
 from implicit_bench.solvers import RK4, Bosh3, Dopri5, Euler, TorchDiffeq, Tsit5, Vcab3
@@ -127,8 +127,9 @@ def test_an_equilibrium_layer_puts_out_f_of_its_last_z_in_training_and_evaluatio
     layer = layer_of(cell, Backsolve(), solver, field="equilibrium", t1=2.0)
     calls = counted(cell)
     out = layer(X)
-    probe = 1  # which parameters the cell uses was asked once
-    assert len(calls) == out.calls(0) + probe
+    assert len(calls) == out.calls(0)
+    assert out.backward.forward_calls == 2  # f of the last z; and which parameters the cell uses was asked once
+    assert layer(X).backward.forward_calls == 1
     with torch.no_grad():
         plain = layer(X)
     assert plain.backward.forward_calls == 0
@@ -350,3 +351,17 @@ def test_the_backward_evaluates_the_field_under_the_forwards_autocast(field):
     assert not torch.is_autocast_enabled("cpu")
     exact = gradients(TanhCell(), Backsolve(), Dopri5(1e-8, 1e-8), field=field)
     assert cosine(x.grad.double(), exact[-1]) > 0.999
+
+
+@pytest.mark.parametrize("reduce", [PER_SAMPLE, BATCH], ids=["per_sample", "batch"])
+def test_a_forward_cut_short_is_integrated_back_from_the_time_each_row_reached(reduce):
+    """z' = w z to exp(w t): with rates of its own each row reaches another t, and dz/dw = t z there."""
+    w = f64(1.0).requires_grad_()
+    rates = f64([[1.0], [3.0]])
+    forward = Solve(Tsit5(1e-8, 1e-8), EndTime(1.0, max_steps=6), reduce)
+    z, solution, _ = Backsolve()(lambda z, t: w * rates * z, torch.ones(2, 1).double(), forward, (w,))
+    assert solution.status.tolist() == [Status.MAX_STEPS] * 2
+    reached = solution.stats.t.unsqueeze(1)
+    assert (float(reached[0]) != float(reached[1])) == reduce.per_sample
+    (grad,) = torch.autograd.grad(z.sum(), w)
+    assert float(grad) == pytest.approx(float((rates * reached * torch.exp(rates * reached)).sum()), rel=1e-6)

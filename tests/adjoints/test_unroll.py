@@ -1,5 +1,8 @@
 """Differentiation through the solver's own steps: what it counts, and that the steps' derivative is the true one."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import (
@@ -277,3 +280,49 @@ def test_a_row_of_an_ode_that_diverges_does_not_spoil_the_gradient_of_the_others
     (both,) = torch.autograd.grad(z.sum(), w)
     z, _, _ = Unroll()(F, z0[:1], root(Steps(), EndTime(0.9)), ())
     close(both, torch.autograd.grad(z.sum(), w)[0], 1e-14)
+
+
+# ------------------------------------------------------------------------------------- where f is not finite on the way
+
+ROW = f64([[0.0], [1.0]])
+
+
+def roots_fall(w, z, t):
+    """z' = -w sqrt(z): an attempt beyond z = 0 is NaN and rejected."""
+    return -w * z.sqrt()
+
+
+def second_is_lost(w, z, t):
+    return torch.where((ROW > 0) & (z > 1.2), torch.nan, w * z)
+
+
+def first_overflows(w, z, t):
+    """It has converged at the start, and squares itself while the second goes on."""
+    return torch.where(ROW > 0, 1 + 0.95 * w * z, w * z * z)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    ("f", "start", "how", "rows", "status", "wanted", "tol"),
+    [
+        (roots_fall, [[1.0], [2.0]], to_end(Vcab3(1e-5, 1e-5), 1.9), [0, 1], [1, 1], -0.97701, 1e-3),
+        (second_is_lost, [[1.0], [1.0]], to_end(Tsit5(1e-8, 1e-8), 1.0), [0], [1, 5], math.e, 1e-6),
+        (first_overflows, [[1.001], [0.0]], root(Picard(), Residual(1e-2, max_steps=300)), [1], [0, 0], None, 0),
+    ],
+    ids=["rejected", "stuck", "after-its-end"],
+)
+def test_a_row_whose_f_is_not_finite_spoils_no_gradient(checkpoint, f, start, how, rows, status, wanted, tol):
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    watched = Watched(lambda z, t: f(w, z, t))
+    F = FixedPoint(watched) if f is first_overflows else watched
+    z, solution, log = Unroll(checkpoint=checkpoint)(F, f64(start), replace(how, reduce=PER_SAMPLE), ())
+    assert solution.status.tolist() == status
+    assert watched.calls == solution.stats.calls + log.forward_calls
+    (grad,) = torch.autograd.grad(z[rows].sum(), w)
+    if wanted is None:  # 1 + .95 w z, so many times
+        v = torch.ones((), dtype=torch.float64, requires_grad=True)
+        x = torch.zeros((), dtype=torch.float64)
+        for _ in range(int(solution.stats.steps[1]) + 1):
+            x = 1 + 0.95 * v * x
+        wanted, tol = float(torch.autograd.grad(x, v)[0]), 1e-9
+    assert abs(float(grad) - wanted) <= tol * abs(wanted)

@@ -17,7 +17,7 @@ from implicit_bench.core import (
     relative_residual,
     solve,
 )
-from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
+from implicit_bench.solvers import Anderson, Broyden, Homotopy, Picard, TorchDiffeq, Tsit5, Vcab3
 
 RATES = (0.1, 0.5, -0.7, 0.9)
 D = 3
@@ -379,3 +379,47 @@ def test_a_foreign_equilibrium_solve_evaluates_its_end():
     close(s.stats.residual, f64([0.5 * (z - 1) / (0.5 * z + 0.5)]), 1e-7)
     assert watched.calls == s.stats.calls == int(s.stats.nfe)
     assert s.status.tolist() == [Status.REACHED_END]
+
+
+def test_a_map_that_is_zero_somewhere_is_no_overflow():
+    """relu(10 - 2 z) is 0 at its second iterate, where the relative residual is a division by it; z* = 10 / 3."""
+    F, z0, stop = FixedPoint(lambda z, t: torch.relu(10 - 2 * z)), torch.zeros(1, 1), Residual(1e-3)
+    s = solve(F, z0, solver=Picard(0.5), stop=stop)
+    assert s.status.tolist() == [Status.CONVERGED]
+    assert abs(float(s.value) - 10 / 3) < 1e-2
+    assert solve(F, z0, solver=Picard(), stop=stop).status.tolist() == [Status.MAX_STEPS]
+
+
+@pytest.mark.parametrize("patience", [0, 3])
+def test_without_a_best_iterate_too_the_last_finite_one_comes_back(patience):
+    stop = Residual(1e-3, norm="abs", best=False, patience=patience)
+    s = solve(FixedPoint(lambda z, t: 1e37 - 5 * z), torch.zeros(1, 1), solver=Picard(), stop=stop)
+    assert s.status.tolist() == [Status.NONFINITE]
+    assert bool(s.value.isfinite().all())
+    assert s.stats.calls < 10
+
+
+def test_a_solver_that_gives_up_has_not_done_its_fixed_steps():
+    s = solve(lambda z, t: torch.where(z > 1.5, torch.nan, z), f64([[1.0]]), solver=Tsit5(), stop=FixedSteps(300))
+    assert s.status.tolist() == [Status.STEP_TOO_SMALL]
+
+
+def test_the_time_reached_is_told():
+    s = solve(lambda z, t: -z, f64([[1.0], [1.0]]), solver=Tsit5(1e-6, 1e-6), stop=EndTime(1.0, max_steps=3))
+    assert s.status.tolist() == [Status.MAX_STEPS] * 2
+    torch.testing.assert_close(s.value, torch.exp(-s.stats.t).unsqueeze(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), Vcab3(1e-6, 1e-6), Homotopy()])
+def test_autocast_is_for_f_alone(solver):
+    """Its norms, inner products and small systems stay in float32: the same bits where f has no matrix product."""
+    rates = torch.linspace(-0.9, 0.97, 64)
+    F, z0, stop = FixedPoint(lambda z, t: rates * z.sin() + 1), torch.zeros(2, 64), Residual(1e-4, max_steps=1000)
+    plain = solve(F, z0, solver=solver, stop=stop)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = []
+        watched = FixedPoint(lambda z, t: seen.append(torch.is_autocast_enabled("cpu")) or F.f(z, t))
+        s = solve(watched, z0, solver=solver, stop=stop)
+    assert all(seen)
+    assert torch.equal(s.value, plain.value)
+    assert s.status.tolist() == plain.status.tolist() == [Status.CONVERGED] * 2

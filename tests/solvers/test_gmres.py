@@ -202,3 +202,16 @@ def test_bfloat16_vectors_keep_float32_scalars():
     assert bool(s.converged.all())
     true = (b.float() - torch.einsum("bij,bj->bi", A.float(), s.x.float())).norm(dim=1) / b.float().norm(dim=1)
     assert float((true - s.residual.squeeze(1)).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(("rtol", "converged"), [(1e-2, True), (1e-6, False)])
+def test_the_residual_it_tells_is_never_better_than_the_true_one(rtol, converged):
+    """At a condition of 2,000 the recurrence goes on falling in float32 where b - A x no longer does."""
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(128, 128).double())[0]
+    A = (Q * (1 - torch.linspace(-1, 0.999, 128).double())) @ Q.T
+    b = torch.randn(1, 128)
+    s = gmres(lambda v: v @ A.float(), b, PER_SAMPLE, rtol=rtol, atol=0.0, max_iter=128)
+    true = float((b.double() - s.x.double() @ A).norm() / b.double().norm())
+    assert true <= float(s.residual) * 1.01
+    assert s.converged.tolist() == [[converged]]

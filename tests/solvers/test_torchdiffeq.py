@@ -24,7 +24,8 @@ def field(z, t):
 def test_equals_stock_torchdiffeq_to_the_bit_at_the_same_cost(method):
     stock, ours = Watched(field), Watched(field)
     z = odeint(lambda t, z: stock(z, t.expand(len(z))), Z0, f64([0.0, 2.0]), method=method, rtol=1e-5, atol=1e-6)[-1]
-    s = solve(ours, Z0, solver=TorchDiffeq(method, rtol=1e-5, atol=1e-6), stop=EndTime(2.0), reduce=BATCH)
+    stop = EndTime(2.0, max_steps=10_000)
+    s = solve(ours, Z0, solver=TorchDiffeq(method, rtol=1e-5, atol=1e-6), stop=stop, reduce=BATCH)
     assert torch.equal(s.value, z)
     assert ours.calls == stock.calls == s.stats.calls
     assert s.stats.nfe.tolist() == [stock.calls] * 3
@@ -73,7 +74,7 @@ def test_its_adjoint_equals_stock_to_the_bit():
 
     settings = dict(method="dopri5", rtol=1e-5, atol=1e-6, adjoint_params=(w,))
     stock = odeint_adjoint(lambda t, z: F(z, t.expand(len(z))), Z0, f64([0.0, 2.0]), **settings)[-1]
-    ours = TorchDiffeq("dopri5", 1e-5, 1e-6).integrate(F, Z0, 2.0, wrt=(w,))
+    ours, _ = TorchDiffeq("dopri5", 1e-5, 1e-6).integrate(F, Z0, EndTime(2.0), wrt=(w,))
     assert torch.equal(ours, stock)
     a, b = (torch.autograd.grad(z.square().sum(), w)[0] for z in (ours, stock))
     assert torch.equal(a, b)
@@ -84,9 +85,12 @@ def brink(z, t):
     return torch.where(t[:, None] > 0.5, torch.nan, torch.ones_like(z))
 
 
-def test_a_failed_solve_comes_back_as_nonfinite():
-    s = solve(brink, Z0, solver=TorchDiffeq(), stop=EndTime(1.0))
-    assert s.status.tolist() == [Status.NONFINITE] * 3
+@pytest.mark.parametrize(
+    ("F", "t1", "status"), [(brink, 1.0, Status.STEP_TOO_SMALL), (field, 100.0, Status.MAX_STEPS)]
+)
+def test_a_failed_solve_comes_back_as_nan_with_its_reason(F, t1, status):
+    s = solve(F, Z0, solver=TorchDiffeq(), stop=EndTime(t1, max_steps=20))
+    assert s.status.tolist() == [status] * 3
     assert bool(s.value.isnan().all())
     assert s.stats.calls > 8  # what it cost until it failed
 
@@ -94,7 +98,7 @@ def test_a_failed_solve_comes_back_as_nonfinite():
 def test_a_failed_solve_can_still_be_differentiated():
     """The loss is NaN and so is its gradient, which the training step notices; backward() itself must not raise."""
     w = torch.ones((), dtype=torch.float64, requires_grad=True)
-    z = TorchDiffeq().integrate(lambda z, t: w * brink(z, t), Z0, 1.0, wrt=(w,))
+    z, _ = TorchDiffeq().integrate(lambda z, t: w * brink(z, t), Z0, EndTime(1.0), wrt=(w,))
     z.sum().backward()
     assert bool(w.grad.isnan())
 

@@ -107,10 +107,14 @@ def test_one_call_an_accepted_step_none_a_rejected_one_three_while_starting(rows
     times = [float(state.t[0]) for state in stop.seen]
     moved = [b > a for a, b in itertools.pairwise(times)]
     start = [i for i, m in enumerate(moved, 1) if m][1]  # attempts until two were accepted
-    later = moved[start:]
+    starting = [state.mem.past.starting > 0 for state in stop.seen]
+    again = [not a and b for a, b in itertools.pairwise(starting)]  # evaluated, then rejected for a discontinuity
+    assert starting[:start + 1] == [True] * start + [False]
     assert start > 2, "none of the start's attempts was rejected"
-    assert not all(later), "no later attempt was rejected"
-    assert watched.calls == s.stats.calls == 2 + 3 * start + sum(later)
+    assert any(again), "no discontinuity was met"
+    plain = [m for m, s, a in zip(moved, starting, again) if not s and not a]
+    assert not all(plain), "no later attempt was rejected"
+    assert watched.calls == s.stats.calls == 2 + 3 * sum(starting) + sum(again) + sum(plain)
     assert s.stats.nfe.tolist() == [s.stats.calls] * rows
     assert s.stats.steps.tolist() == [len(moved)] * rows  # attempts are what max_steps counts
     capped = solve(kicked, f64([[1.0, 2.0]] * rows), solver=Vcab3(1e-4, 1e-4), stop=EndTime(3.0, start + 5))
@@ -138,8 +142,9 @@ def test_a_row_is_evaluated_only_where_it_goes():
     for _ in range(60):
         asked.clear()
         new = solver.step(lambda z, t: asked.append(z) or F(z, t), state, PER_SAMPLE)
-        starting = (state.mem.past.accepted.squeeze(1) < 2) & (state.mem.past.starting is not None)
-        still = (new.t == state.t) & ~starting
+        starting = (state.mem.past.accepted.squeeze(1) < 2) & (state.mem.past.starting > 0)
+        again = (new.mem.past.accepted.squeeze(1) == 0) & ~starting  # rejected for what was found there
+        still = (new.t == state.t) & ~starting & ~again
         for z in asked[:-1]:
             assert torch.equal(z[~starting], state.z[~starting])
         if asked:
@@ -164,6 +169,31 @@ def test_per_sample_each_row_steps_as_if_alone():
         assert torch.equal(batch.value[row], alone.value)
         assert torch.equal(batch.stats.steps[row], alone.stats.steps)
     close(batch.value[[0, 2]], decayed(RATES[[0, 2]], z0[[0, 2]], 2.0), 1e-3)
+
+
+@pytest.mark.parametrize("controller", ["pi", "i"])
+def test_a_slow_row_grows_its_step_as_if_alone_while_another_is_starting(controller):
+    def slow(z, t):
+        return -1e-4 * z
+
+    def beside(z, t):
+        return torch.where((f64([[0.0], [1.0]]) > 0) & (z != 1), torch.nan, slow(z, t))  # never gets off its start
+
+    solver, stop = Vcab3(1e-6, 1e-6, controller=controller), EndTime(50.0)
+    alone = solve(slow, f64([[1.0]]), solver=solver, stop=stop, reduce=PER_SAMPLE)
+    both = solve(beside, f64([[1.0]] * 2), solver=solver, stop=stop, reduce=PER_SAMPLE)
+    assert torch.equal(both.value[:1], alone.value)
+    assert int(both.stats.steps[0]) == int(alone.stats.steps)
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-4, 1e-5])
+def test_a_discontinuity_is_met_with_small_steps(tol):
+    """z' = -z until t = 1, then 5 - 3z; without a new start the error is 18 tol at 1e-5."""
+    jump = Watched(lambda z, t: torch.where(t[:, None] < 1, -z, 5 - 3 * z))
+    s = solve(jump, f64([[1.0]]), solver=Vcab3(tol, tol), stop=EndTime(3.0))
+    assert abs(float(s.value) - (5 / 3 + (math.exp(-1) - 5 / 3) * math.exp(-6))) < tol
+    assert s.status.tolist() == [Status.REACHED_END]
+    assert jump.calls < 300
 
 
 def test_batch_wide_all_rows_share_one_step():
