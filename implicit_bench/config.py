@@ -212,7 +212,8 @@ def _explain(command: str, words: Sequence[Any], error: Exception) -> str:
     except Exception:  # one of the choices, then
         known = _keys_of(command)
     for o in words:
-        if o.key_or_group not in known and not o.is_add() and not o.key_or_group.startswith("hydra"):
+        given = o.is_add() or o.input_line in choices or o.key_or_group.startswith("hydra")
+        if not given and o.key_or_group not in known:
             return no_key(o.key_or_group, known)
     return first_line(error)
 

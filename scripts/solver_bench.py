@@ -4,7 +4,7 @@ usage: python scripts/solver_bench.py [overhead|train|best|cell ...] [--device c
 
 overhead: time of a solve / (its evaluations x the time of the cell alone on its native tensors, no_grad).
 train: forward and backward of one step at equal weights, residual and NFE. best: our best against theirs.
-cell: the cell eager, channels_last, compiled. --save writes results/<hardware>/solvers.json and .md.
+cell: the cell eager, channels_last, compiled. --save adds to results/<hardware>/solvers.json and .md.
 """
 
 from __future__ import annotations
@@ -327,7 +327,7 @@ def best_rows(problem: Problem) -> dict[str, Step]:
     """Everything either side offers, each stopped at a relative residual of 1e-3 and a linear one of 1e-2."""
     rows = {}
     for name, solver in (("picard", Picard()), ("anderson", Anderson()), ("broyden", Broyden()), ("vcab3", Vcab3())):
-        for linear in ("gmres", "anderson"):
+        for linear in ("gmres", "anderson", "picard"):
             run = our_step(problem, solver, Residual(1e-3, max_steps=100), IFT(1e-2, max_iter=50, linear=linear))
             rows[f"ours {name} + {linear}"] = Step(run, problem, "best")
     for f in ("fixed_point_iter", "anderson", "broyden"):
@@ -441,6 +441,22 @@ def page(facts: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
     return text
 
 
+def save(folder: Path, facts: dict[str, Any], found: dict[str, list[dict[str, Any]]], cells: list[str]) -> None:
+    """Beside what an earlier run of the same machine, torch and threads measured of other cells and parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "solvers.json"
+    old = json.loads(path.read_text()) if path.exists() else {"environment": {}}
+    before = old.pop("environment")
+    if any(before.get(key) != facts[key] for key in ("torch", "threads", "allocator")):
+        old = {}
+    facts["alone"] = facts["alone"] and before.get("alone", True)
+    for part in dict.fromkeys([*old, *found]):
+        kept = [row for row in old.get(part, []) if part not in found or row["cell"] not in cells]
+        found[part] = sorted(kept + found.get(part, []), key=lambda row: list(CELLS).index(row["cell"]))
+    path.write_text(json.dumps({"environment": facts, **found}, indent=1) + "\n")
+    (folder / "solvers.md").write_text(page(facts, found))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="overhead train best cell; all of them without any")
@@ -466,10 +482,7 @@ def main() -> None:
     print(f"{facts['hardware']}, torch {facts['torch']}, {device.threads} threads, allocator {facts['allocator']}, "
           f"alone: {facts['alone']}, {time.time() - began:.0f} s")  # fmt: skip
     if args.save:
-        folder = ROOT / "results" / str(facts["hardware"]).replace(" ", "_")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "solvers.json").write_text(json.dumps({"environment": facts, **found}, indent=1) + "\n")
-        (folder / "solvers.md").write_text(page(facts, found))
+        save(ROOT / "results" / str(facts["hardware"]).replace(" ", "_"), facts, found, cells)
 
 
 if __name__ == "__main__":

@@ -343,6 +343,8 @@ WRONG = {
     "tune=mine": "no tune 'mine'",
     # keys
     "modle=deq": "no key 'modle'; nearest: model",
+    "length=smoke solvr=broyden": "no key 'solvr'; nearest: solver",
+    "experiment=cdeq_mnist solver.rtoll=1e-3": "no key 'solver.rtoll'; nearest: solver.rtol",
     "epochs=3": "no key 'epochs'; nearest: recipe.epochs",
     "tol=3": "no key 'tol'; nearest: stop.tol, protocol.tol",
     "stop.tool=3": "no key 'stop.tool'; nearest: stop.tol",
@@ -396,7 +398,7 @@ WRONG = {
     "allow_targets=[os] stop._target_=os.system": "stop._target_='os.system' is not a class",
     # combinations
     "solver=torchdiffeq/dopri5": "solver=TorchDiffeq integrates to an end time and cannot stop at a residual; use "
-                                 "stop=end_time or solver=tsit5",
+                                 "solver=tsit5, or stop=end_time with a long stop.t1 such as 20",
     "field=ode": "stop=Residual looks for f(z) = z, but field=ode has no equilibrium meaning; use stop=end_time or "
                  "field=equilibrium",
     "model=neural_ode adjoint=ift": "adjoint=IFT needs a fixed point, which field=ode does not have; use "

@@ -111,7 +111,7 @@ def make_rows(jobs: Sequence[config.Composed], labels: Sequence[str], data: Data
     return [Row(label, job, data, device) for label, job, device in zip(labels, jobs, devices)]
 
 
-def steps_a_round(step_ms: Sequence[float], row_ms: float = 20.0) -> int:
+def steps_a_round(step_ms: Sequence[float], row_ms: float = 10.0) -> int:
     """So many steps that the fastest row works for `row_ms` a round: long enough that a clock read is nothing."""
     return max(1, min(10, math.ceil(row_ms / min(step_ms))))
 

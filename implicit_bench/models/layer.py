@@ -69,8 +69,8 @@ class ImplicitLayer(nn.Module):
         """The layer allowed only so many applications of the cell, at least one."""
         if not self.one_call:
             raise ValueError(
-                f"solver={type(self.solver).__name__} takes several evaluations a step and cannot be held to {steps}; "
-                "use solver=picard or solver=anderson"
+                f"solver={type(self.solver).__name__} does not make one evaluation a step and cannot be held to "
+                f"{steps}; use solver=picard or solver=anderson"
             )
         return self._run(x, self.solver, FixedSteps(steps), self.adjoint)
 
@@ -132,7 +132,7 @@ class ImplicitLayer(nn.Module):
                              "have; use adjoint=backsolve or adjoint=unroll")  # fmt: skip
         if own_loop and self.stop.t1 == float("inf"):
             raise ValueError(f"solver={name} integrates to an end time and cannot stop at a residual; use "
-                             "stop=end_time or solver=tsit5")  # fmt: skip
+                             "solver=tsit5, or stop=end_time with a long stop.t1 such as 20")  # fmt: skip
         if self.stop.t1 < float("inf") and not self.solver.has_time:
             raise ValueError(f"solver={name} finds roots and has no time; use stop=residual or solver=tsit5")
         if isinstance(self.stop, FixedSteps) and not self.one_call:

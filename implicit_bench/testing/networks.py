@@ -124,7 +124,8 @@ def equilibrium(p: Probe) -> str:
         v = v / v.norm().clamp_min(1e-300)
     radius = float(torch.stack(growth[30:]).mean().exp())
     share, steps = float((s.status == Status.CONVERGED).double().mean()), int(s.stats.steps.max())
-    return f"spectral radius {radius:.2f}; Anderson from zero takes {share:.0%} of rows to 1e-04 in {steps} steps"
+    return (f"for information: spectral radius {radius:.2f}; Anderson from zero takes {share:.0%} of rows to 1e-04 in "
+            f"{steps} steps")  # fmt: skip
 
 
 def check_network(network: Any, shape: tuple[int, int, int], classes: int) -> list[Result]:

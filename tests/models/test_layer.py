@@ -34,9 +34,11 @@ REFUSED = [
     (Tsit5(), EndTime(), JFB(), "ode",
      "adjoint=JFB needs a fixed point, which field=ode does not have; use adjoint=backsolve or adjoint=unroll"),
     (TorchDiffeq(), Residual(), IFT(), "equilibrium",
-     "solver=TorchDiffeq integrates to an end time and cannot stop at a residual; use stop=end_time or solver=tsit5"),
+     "solver=TorchDiffeq integrates to an end time and cannot stop at a residual; use solver=tsit5, "
+     "or stop=end_time with a long stop.t1 such as 20"),
     (TorchDiffeq(), FixedSteps(), Unroll(), "equilibrium",
-     "solver=TorchDiffeq integrates to an end time and cannot stop at a residual; use stop=end_time or solver=tsit5"),
+     "solver=TorchDiffeq integrates to an end time and cannot stop at a residual; use solver=tsit5, "
+     "or stop=end_time with a long stop.t1 such as 20"),
     (Anderson(), EndTime(), IFT(), "equilibrium",
      "solver=Anderson finds roots and has no time; use stop=residual or solver=tsit5"),
     (Picard(), EndTime(), Unroll(), "ode",
