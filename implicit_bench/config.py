@@ -212,8 +212,9 @@ def _explain(command: str, words: Sequence[Any], error: Exception) -> str:
     except Exception:  # one of the choices, then
         known = _keys_of(command)
     for o in words:
-        given = o.is_add() or o.input_line in choices or o.key_or_group.startswith("hydra")
-        if not given and o.key_or_group not in known:
+        fine = o.is_add() or o.key_or_group in known or o.key_or_group.startswith("hydra")
+        fine = fine or (o.input_line in choices and f"'{o.key_or_group}'" not in str(error))  # length, experiment
+        if not fine:
             return no_key(o.key_or_group, known)
     return first_line(error)
 

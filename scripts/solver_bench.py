@@ -368,6 +368,7 @@ def train(device: torch.device, seconds: float, cells: list[str],
     return found
 
 
+PARTS = ("overhead", "train", "best", "cell")
 LAPS = ("f ms", "f with graph ms", "VJP ms")
 VARIANTS = {"eager": (CONTIGUOUS, False), "channels_last": (torch.channels_last, False),
             "compiled": (CONTIGUOUS, True), "channels_last, compiled": (torch.channels_last, True)}  # fmt: skip
@@ -450,11 +451,12 @@ def save(folder: Path, facts: dict[str, Any], found: dict[str, list[dict[str, An
     if any(before.get(key) != facts[key] for key in ("torch", "threads", "allocator")):
         old = {}
     facts["alone"] = facts["alone"] and before.get("alone", True)
-    for part in dict.fromkeys([*old, *found]):
+    whole = {}
+    for part in PARTS:
         kept = [row for row in old.get(part, []) if part not in found or row["cell"] not in cells]
-        found[part] = sorted(kept + found.get(part, []), key=lambda row: list(CELLS).index(row["cell"]))
-    path.write_text(json.dumps({"environment": facts, **found}, indent=1) + "\n")
-    (folder / "solvers.md").write_text(page(facts, found))
+        whole[part] = sorted(kept + found.get(part, []), key=lambda row: list(CELLS).index(row["cell"]))
+    path.write_text(json.dumps({"environment": facts, **whole}, indent=1) + "\n")
+    (folder / "solvers.md").write_text(page(facts, {part: rows for part, rows in whole.items() if rows}))
 
 
 def main() -> None:

@@ -44,9 +44,9 @@ def test_a_known_config_keeps_its_id():
     """Committed records are found by these: a change here orphans every one of them."""
     solver = '"solver":{"_target_":"implicit_bench.solvers.Anderson","ridge":1e-06,"window":5}'
     rest = f'"seed":0,{solver},"stop":{{"max_steps":50,"tol":0.001}}'
-    text = f'[2,{{"gpu":{{"device":"cpu","threads":2}},{rest}}}]'
-    assert run_id(CONFIG) == hashlib.sha256(text.encode()).hexdigest()[:10] == "7707e71ecf"
-    assert record.cell_id(CONFIG) == hashlib.sha256(f"[2,{{{rest}}}]".encode()).hexdigest()[:10] == "6f3dbd52fd"
+    text = f'[3,{{"gpu":{{"device":"cpu","threads":2}},{rest}}}]'
+    assert run_id(CONFIG) == hashlib.sha256(text.encode()).hexdigest()[:10] == "ea5e7ce2ef"
+    assert record.cell_id(CONFIG) == hashlib.sha256(f"[3,{{{rest}}}]".encode()).hexdigest()[:10] == "5bb06db767"
 
 
 def reordered(value):
