@@ -276,7 +276,7 @@ def build(config: dict[str, Any]) -> Parts:
     parts = {name: make(config[name], name) for name in ("solver", "stop", "adjoint")}
     try:
         layer = ImplicitLayer(network.cell, init, field=config["field"], **parts)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
     penalties = [make(node, f"penalty.{name}") for name, node in (config["penalty"] or {}).items()]
     return Parts(Classifier(network, layer), penalties, make(config["recipe"], "recipe"), dataset)

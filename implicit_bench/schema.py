@@ -116,11 +116,14 @@ def locate(target: Any, path: str, allow: Sequence[str] = ()) -> Any:
     module, _, name = str(target).rpartition(".")
     own = any(target == a or str(target).startswith(f"{a}.") for a in ("implicit_bench", *allow))
     if not own and not str(target).startswith("torch."):
-        raise UsageError(f"{path}._target_={target!r} is not one of implicit-bench's; to use your own package add "
-                         f"'allow_targets=[{str(target).split('.')[0]}]'")  # fmt: skip
+        package = str(target).split(".")[0]
+        near = difflib.get_close_matches(package, allow, 1, 0.7)
+        add = f"to use your own package add 'allow_targets=[{package}]'"
+        remedy = f"allow_targets has {near[0]!r}" if near else add
+        raise UsageError(f"{path}._target_={target!r} is not one of implicit-bench's; {remedy}")
     try:
         home = importlib.import_module(module)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # a module of the user's may raise anything
         raise UsageError(f"{path}._target_={target!r} cannot be imported: {first_line(error)}") from None
     found = getattr(home, name, None)
     if found is None:

@@ -519,6 +519,16 @@ def test_it_has_to_be_allowed_and_a_class_and_given_what_it_wants(ours, capsys):
     assert refused("allow_targets=[my]").startswith("implicit-bench: solver._target_='my_solvers.Half' is not one of")
     assert refused("allow_targets=[my_solvers]", "solver._target_=my_solvers.make").endswith("is not a class\n")
     assert refused("allow_targets=[my_solvers]", "+solver.damping=x").endswith("it wants a number\n")
+    typo = refused("allow_targets=[my_solvers]", "solver._target_=my_solvrs.Half")
+    assert typo.endswith("is not one of implicit-bench's; allow_targets has 'my_solvers'\n")
+
+
+def test_a_module_of_ones_own_that_does_not_load_is_one_sentence(ours, tmp_path, capsys):
+    (tmp_path / "my_slip.py").write_text("def f(:\n")
+    assert main([*ours, "allow_targets=[my_slip]", "solver._target_=my_slip.Half"]) == 2
+    assert capsys.readouterr().err == (
+        "implicit-bench: solver._target_='my_slip.Half' cannot be imported: invalid syntax (my_slip.py, line 1)\n"
+    )
 
 
 def test_a_file_of_ones_own_that_cannot_be_used(tmp_path, capsys):

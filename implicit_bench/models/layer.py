@@ -34,6 +34,15 @@ class ImplicitLayer(nn.Module):
     def __init__(self, cell: Cell, init: Init, solver: Solver, stop: Stop, adjoint: Adjoint,
                  field: Literal["equilibrium", "ode"] = "equilibrium"):  # fmt: skip
         super().__init__()
+        for name, part, good, such in (
+            ("a cell", cell, hasattr(cell, "begin"), "network.cell"),
+            ("a solver", solver, isinstance(solver, (Solver, OwnLoop)), "Broyden()"),
+            ("a stop", stop, hasattr(stop, "watch"), "Residual(1e-3)"),
+            ("an adjoint", adjoint, callable(adjoint), "IFT()"),
+        ):
+            if not good or isinstance(part, type):
+                kind = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+                raise TypeError(f"ImplicitLayer wants {name} such as {such}, not {kind}")
         self.cell, self.init, self.solver, self.stop, self.adjoint, self.field = (
             cell,
             init,

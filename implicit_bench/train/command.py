@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import clock, config, machine, record
+from ..core import Status
 from ..data import Data
 from ..device import Device
 from ..lock import RunLock
@@ -233,6 +234,10 @@ def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) ->
             parts = "   ".join(f"{k}: {share(v)}" for k, v in within.items())
             text += f"\nsteps allowed   {parts}   (0 = the head on the start z0 alone)"
         say("test", text)
+        if share_done is not None and share_done < 0.95:  # under which no figure of it is a headline
+            bad = {k: n for k, n in test["status_counts"].items() if Status[k] > Status.REACHED_END}
+            name = max(bad, key=bad.__getitem__)
+            note(f"{sum(bad.values()):,} test solves did not converge, most of them {name}: {Status[name].advice}")
         say("wrote", f"{folder}/   record.json · metrics.jsonl · last.pt · {duration(rec['timing']['total_s'])}")
     elif code == 130:
         say("train", f"interrupted at step {rec['steps']:,} and saved; the same command continues it", err=True)

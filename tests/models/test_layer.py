@@ -6,7 +6,7 @@ from problems import CentredCell, TanhCell, network, random
 
 from implicit_bench.adjoints import IFT, JFB, Backsolve, Phantom, Unroll
 from implicit_bench.core import EndTime, FixedSteps, Residual, Status
-from implicit_bench.models import DenseCell, ImplicitLayer, UntiedCell, Zero
+from implicit_bench.models import Dense, DenseCell, ImplicitLayer, UntiedCell, Zero
 from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
 
 
@@ -151,3 +151,25 @@ def test_samples_do_not_see_each_other():
         torch.testing.assert_close(layer(x[i : i + 1]).z.detach(), z[i : i + 1], rtol=0, atol=1e-12)
     coupled = make(Anderson(), Residual(1e-3), IFT(), cell=CentredCell())
     assert float((coupled(x).z[:1] - coupled(x[:1]).z).detach().abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"solver": "broyden"}, "ImplicitLayer wants a solver such as Broyden(), not 'broyden'"),
+        ({"adjoint": IFT}, "ImplicitLayer wants an adjoint such as IFT(), not the class IFT"),
+        ({"stop": 1e-3}, "ImplicitLayer wants a stop such as Residual(1e-3), not 0.001"),
+        ({"solver": Picard}, "ImplicitLayer wants a solver such as Broyden(), not the class Picard"),
+    ],
+)
+def test_what_is_no_part_of_a_layer_is_refused_at_once(wrong, said):
+    cell = TanhCell()
+    parts = {"solver": Picard(), "stop": Residual(), "adjoint": IFT(), **wrong}
+    with pytest.raises(TypeError) as refusal:
+        ImplicitLayer(cell, Zero(network(cell)), **parts)
+    assert str(refusal.value) == said
+
+
+def test_a_network_in_the_place_of_its_cell_is_refused():
+    with pytest.raises(TypeError, match=r"ImplicitLayer wants a cell such as network\.cell, not Dense"):
+        ImplicitLayer(Dense((1, 8, 8), 10), None, Picard(), Residual(), IFT())

@@ -181,6 +181,13 @@ def test_judging_on_the_first_images_only(tmp_path):
         jobs.run(tmp_path, "recipe.eval_images=0")
 
 
+def test_solves_that_did_not_converge_are_told_with_a_remedy(tmp_path, capsys):
+    done = jobs.run(tmp_path, "length=smoke", "recipe.eval_images=40", "stop.max_steps=2")
+    assert done.record["solve"]["test"]["converged_fraction"] < 0.5
+    (line,) = [said for said in capsys.readouterr().err.splitlines() if "did not converge" in said]
+    assert line.endswith("MAX_STEPS: the step cap came before the tolerance: raise stop.max_steps or loosen stop.tol")
+
+
 def test_bfloat16_autocast_trains(tmp_path):
     done = jobs.run(tmp_path, "recipe.epochs=3", "gpu.dtype=bfloat16", "stop.tol=3e-2", "adjoint.rtol=3e-2")
     assert done.record["metrics"]["test_acc"] > 0.8
