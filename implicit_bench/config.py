@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .schema import GROUPS, PLAIN, UsageError, check, first_line, nearest, no_key
+from .schema import GROUPS, PLAIN, UsageError, check, first_line, nearest, no_key, sources
 
 
 def config_dir() -> Path:
@@ -98,6 +98,8 @@ def resolved(cfg: Any, choices: dict[str, str], overrides: Sequence[str] = ()) -
     if "recipe" in config:
         config.setdefault("penalty", {})  # penalty=[] is penalty=[none]
     check(config)
+    if own := sources(config):
+        config["sources"] = own  # part of what names a run: after an edit it is another
     return Composed(config, choices, list(overrides))
 
 

@@ -508,6 +508,17 @@ def test_a_class_of_ones_own_from_the_working_directory(ours, tmp_path, capsys):
     assert main([*ours, "allow_targets=[my_solvers]", "solver._target_=my_solvers.Shy"]) == 0
 
 
+def test_a_run_is_another_once_the_class_of_ones_own_is_edited(ours, tmp_path, capsys):
+    words = [*ours, "allow_targets=[my_solvers]"]
+    assert main(words) == main(words) == 0
+    assert len(list(tmp_path.glob("runs/*"))) == 1
+    assert "is done" in capsys.readouterr().out
+    (tmp_path / "my_solvers.py").write_text(PACKAGE.replace("0.5", "0.25"))
+    sys.modules.pop("my_solvers")
+    assert main(words) == 0
+    assert len(list(tmp_path.glob("runs/*"))) == 2
+
+
 def test_it_has_to_be_allowed_and_a_class_and_given_what_it_wants(ours, capsys):
     def refused(*words):
         assert main([*ours, *words]) == 2
