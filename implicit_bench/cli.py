@@ -254,6 +254,10 @@ def _list(args: list[str]) -> int:
     from .config import config_dir, plural
     from .schema import GROUPS, UsageError, nearest
 
+    words = split(args)
+    if words.flags or words.multirun:
+        raise UsageError("list takes no flag but --config-dir")
+    args, folders = words.overrides, [config_dir(), *map(Path, words.search)]
     names = {name: group for group in GROUPS for name in (plural(group), group)}
     for a in args:
         if a not in names:
@@ -263,11 +267,11 @@ def _list(args: list[str]) -> int:
     for group in wanted:
         if len(wanted) > 1:
             print(f"{group}=")
-        folder = config_dir() / group
-        for path in sorted(folder.rglob("*.yaml")):
+        paths = [(path, f / group) for f in folders for path in (f / group).rglob("*.yaml")]
+        found = {path.relative_to(folder).with_suffix("").as_posix(): path for path, folder in paths}
+        for name, path in sorted(found.items()):
             comments = [line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
-            about = next((c for c in comments if not c.startswith("@")), "")
-            print(f"  {path.relative_to(folder).with_suffix('').as_posix():<19} {about}")
+            print(f"  {name:<19} {next((c for c in comments if not c.startswith('@')), '')}")
     return 0
 
 

@@ -57,7 +57,7 @@ keys (default): recipe.epochs (20) recipe.batch (32) recipe.lr (0.001) recipe.cl
 
 leaves  runs/MODEL-DATASET-sSEED-ID/   record.json, metrics.jsonl, config.yaml, last.pt, wandb/
 exit    0 done or already done · 1 failed · 2 usage · 3 some runs of a sweep failed · 130 interrupted
-flags   --cfg job prints the configuration · --info defaults: its sources · --config-dir DIR adds your own · -m sweeps
+flags   --cfg job [--resolve] prints the configuration, --info defaults its sources; --config-dir DIR: yours; -m sweeps
 """,
     "bench": f"""{PROG} bench: time models against each other, interleaved in one process
 
@@ -109,5 +109,6 @@ examples
     "list": f"""{PROG} list: what can be chosen
 
 usage: {PROG} list [models|networks|inits|solvers|stops|adjoints|penalties|recipes|datasets|gpus|loggers|lengths|...]
+       {PROG} list ... --config-dir DIR          yours among them
 """,
 }

@@ -136,6 +136,15 @@ def test_keys_and_defaults_in_the_help_are_true(name, text):
             config.compose(name, [f"{key}={other}"])
 
 
+def test_list_names_ones_own_files_too(tmp_path, capsys):
+    (tmp_path / "solver").mkdir()
+    (tmp_path / "solver" / "mine.yaml").write_text("# my own\n_target_: mine.Solver\n")
+    assert main(["list", "solvers", "--config-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  mine                my own" in lines
+    assert any(line.startswith("  broyden ") for line in lines)
+
+
 def test_list_names_every_file_and_what_it_says_of_itself(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
@@ -169,7 +178,8 @@ def test_unknown_words(capsys):
     assert refused(capsys, "trian") == "no command 'trian'; nearest: train"
     assert refused(capsys, "xyz") == "no command 'xyz'; there are: train, bench, check, data, list"
     assert refused(capsys, "list", "modls") == "nothing called 'modls' to list; nearest: models"
-    assert refused(capsys, "list", "models", "--foo").startswith("nothing called '--foo' to list; there are: ")
+    assert refused(capsys, "list", "models", "--foo").startswith("no flag '--foo'; ")
+    assert refused(capsys, "list", "models", "-m") == "list takes no flag but --config-dir"
     assert refused(capsys, "train", "--multi") == "no flag '--multi'; nearest: --multirun"
     assert refused(capsys, "bench", "model=deq").startswith("bench compares two rows or more; list values")
     assert refused(capsys, "bench", "model=deq,cdeq", "time=1y") == "time='1y' is not a time; write 20s, 5m or 1h"
