@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 SCHEMA_VERSION = 1
 NUMERICS = 3  # raise by hand when a change alters the numbers that a config gives; every run id changes with it
+CONVERGED_ENOUGH = 0.95  # a run of which less has converged gets no headline
 STATUSES = ("running", "done", "failed", "interrupted")
 # Top-level config keys that say nothing about the result: labels (resolved into the rest), where to write, how to load.
 LABELS = {"model", "experiment", "protocol", "length", "logger", "paths", "force", "hydra", "progress", "loader",

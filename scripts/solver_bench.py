@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +369,6 @@ def train(device: torch.device, seconds: float, cells: list[str],
     return found
 
 
-PARTS = ("overhead", "train", "best", "cell")
 LAPS = ("f ms", "f with graph ms", "VJP ms")
 VARIANTS = {"eager": (CONTIGUOUS, False), "channels_last": (torch.channels_last, False),
             "compiled": (CONTIGUOUS, True), "channels_last, compiled": (torch.channels_last, True)}  # fmt: skip
@@ -417,6 +417,12 @@ def _priced(problem: Problem, device: torch.device) -> Callable[[], dict[str, fl
         return timer.read()
 
     return measure
+
+
+PARTS: dict[str, Callable[[torch.device, float, list[str]], list[dict[str, Any]]]] = {
+    "overhead": overhead, "train": partial(train, make=step_pairs), "best": partial(train, make=best_rows),
+    "cell": variants,
+}  # fmt: skip
 
 
 def page(facts: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
@@ -473,13 +479,7 @@ def main() -> None:
     alone = machine.Alone()
     began = time.time()
     cells = args.cells.split(",")
-    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "overhead": lambda: overhead(device.torch, args.time, cells),
-        "train": lambda: train(device.torch, args.time, cells, step_pairs),
-        "best": lambda: train(device.torch, args.time, cells, best_rows),
-        "cell": lambda: variants(device.torch, args.time, cells),
-    }
-    found = {part: parts[part]() for part in args.parts or parts}
+    found = {part: PARTS[part](device.torch, args.time, cells) for part in args.parts or PARTS}
     facts["alone"] = alone.read()
     print(f"{facts['hardware']}, torch {facts['torch']}, {device.threads} threads, allocator {facts['allocator']}, "
           f"alone: {facts['alone']}, {time.time() - began:.0f} s")  # fmt: skip

@@ -73,9 +73,10 @@ class Backsolve(Adjoint):
             dz = pace * dz if cut_short else dz
             return torch.cat([-dz.detach().to(row.dtype).flatten(), *(grad.flatten() for grad in grads)]).unsqueeze(0)
 
-        size = Reduce(False).rms(g).clamp_min(torch.finfo(g.dtype).tiny) if self.unit_cotangent else g.new_ones(1, 1)
+        whole = Reduce(per_sample=False)
+        size = whole.rms(g).clamp_min(torch.finfo(g.dtype).tiny) if self.unit_cotangent else g.new_ones(1, 1)
         row = torch.cat([z1.flatten(), (g / size).flatten(), g.new_zeros(sum(sizes))]).unsqueeze(0)
-        reduce = Seminorm(2 * n) if self.seminorm else Reduce(per_sample=False)
+        reduce = Seminorm(2 * n) if self.seminorm else whole
         done = solve(augmented, row, solver=solver, stop=EndTime(t1, self.max_steps), reduce=reduce)
         log.vjps += done.stats.calls
         log.calls += done.stats.calls

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..core import Field, FixedPoint, Solution, Status
+from ..core import Field, FixedPoint, Solution, State, Status
 from .base import Adjoint, BackwardLog, Solve
 
 
@@ -51,14 +51,14 @@ class Unroll(Adjoint):
             nonlocal fine
             log.calls += done  # a step that the backward makes again
             out = log.watch(f(z, t))
-            fine = fine & finite(out)
+            fine = fine & State(z, out, t).finite()
             return out
 
         def harmless(z: Tensor, t: Tensor) -> Tensor:
             """`counted`, whose graph never sees a row at which f is not finite; two calls."""
             with torch.no_grad():
                 out = counted(z, t)
-            good = (finite(out) & finite(z)).unsqueeze(1)
+            good = State(z, out, t).finite().unsqueeze(1)
             return torch.where(good, counted(torch.where(good, z, rest), t), out)
 
         def run(f: Field) -> tuple[Tensor, Solution]:
@@ -68,14 +68,9 @@ class Unroll(Adjoint):
 
         z, solution = run(counted)
         if not bool(fine.all()):
-            rest = torch.where(finite(z0).unsqueeze(1), z0.detach(), 0.0)
+            rest = z0.detach().nan_to_num(0.0, 0.0, 0.0)
             again, second = run(harmless)
             lost = (solution.status == Status.NONFINITE).unsqueeze(1)
             z, log.forward_calls = torch.where(lost, z.detach(), again), 2 * second.stats.calls
         done = True
         return z, solution, log
-
-
-def finite(z: Tensor) -> Tensor:
-    """(B, D) -> (B,) bool"""
-    return z.detach().sum(1).isfinite()

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import clock
 from ..clock import Ratio
+from ..record import CONVERGED_ENOUGH
 from ..terminal import number
 from .claims import CLAIMS
 
@@ -45,7 +46,7 @@ class Figures:
 
     @property
     def converged(self) -> bool:
-        return not self.ends_at_residual or self.means["converged_fraction"] >= 0.95
+        return not self.ends_at_residual or self.means["converged_fraction"] >= CONVERGED_ENOUGH
 
 
 @dataclass(frozen=True)

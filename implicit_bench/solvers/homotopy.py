@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core import Field, Reduce, Solver, State
+from ..core.types import relative
 from .anderson import Anderson
 from .gmres import gmres
 
@@ -84,8 +85,7 @@ class Homotopy(Solver):
         new = self.corrector.init(corrected, z + ahead.x, math.inf, reduce)
         for _ in range(self.corrector.window):
             new = self.corrector.step(corrected, new, reduce)
-        size = reduce.norm(new.z + new.F)
-        error = reduce.norm(new.F) / size.clamp_min(torch.finfo(size.dtype).tiny)
+        error = relative(reduce.norm(new.F), reduce.norm(new.z + new.F))
         accept = (error <= self.rtol) | (lam >= end)  # a NaN only at the end, where the loop sees it
         dlam = dlam * (self.rtol / (2 * error)).sqrt().clamp(0.5, 2.0).nan_to_num(0.5)
         z, Fz = torch.where(accept, new.z, z), torch.where(accept, Fz, state.F)

@@ -234,7 +234,7 @@ def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) ->
             parts = "   ".join(f"{k}: {share(v)}" for k, v in within.items())
             text += f"\nsteps allowed   {parts}   (0 = the head on the start z0 alone)"
         say("test", text)
-        if share_done is not None and share_done < 0.95:  # under which no figure of it is a headline
+        if share_done is not None and share_done < record.CONVERGED_ENOUGH:
             bad = {k: n for k, n in test["status_counts"].items() if Status[k] > Status.REACHED_END}
             name = max(bad, key=bad.__getitem__)
             note(f"{sum(bad.values()):,} test solves did not converge, most of them {name}: {Status[name].advice}")
