@@ -213,6 +213,8 @@ def rows_alone(solver: Any) -> str:
             off = float((batch.value[i] - row.value[0]).abs().max())
             require(off < 1e-8, f"a row solved alone differs by {off:.0e} from the same row in a batch")
             worst = max(worst, off)
+            a, b = int(batch.stats.steps[i]), int(row.stats.steps[0])
+            require(a == b, f"a row takes {a} steps in a batch, {b} alone")
     return f"a row in a batch is the row alone, to {worst:.0e}"
 
 
