@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .help import HELP, PROG, USAGE
+from .words import Words, plain, split
 
 
 class JobFailed(Exception):
@@ -36,7 +37,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in rest):
         print(HELP[name], end="")
         return 0
-    return _guarded(lambda: COMMANDS[name](rest))
+    return _guarded(lambda: _with_manners(name, rest))
+
+
+def _with_manners(name: str, args: list[str]) -> int:
+    """-q and format= are about the terminal: no command sees them, and no run's identity."""
+    from . import terminal
+    from .schema import UsageError, nearest
+
+    formats = [a.partition("=")[2] for a in args if a.startswith("format=")]
+    for format in formats:
+        if format not in terminal.FORMATS:
+            raise UsageError(f"no format {format!r}{nearest(format, terminal.FORMATS)}")
+    rest = [a for a in args if a not in ("-q", "--quiet") and not a.startswith("format=")]
+    if formats and name == "train" and "plan=true" not in rest:
+        raise UsageError("train prints no table to format; its figures are in record.json, and runs format=csv has all")
+    with terminal.manners("-q" in args or "--quiet" in args, (formats or ["text"])[-1]):
+        return COMMANDS[name](rest)
 
 
 def _guarded(run: Callable[[], int]) -> int:
@@ -69,52 +86,7 @@ def _refuse(problem: object, code: int) -> int:
     return code
 
 
-# ------------------------------------------------------------------------------------------------------ arguments
-
-
-class Words(NamedTuple):
-    overrides: list[str]
-    search: list[str]  # --config-dir
-    multirun: bool
-    flags: list[str]  # that only Hydra answers: --cfg job, --info searchpath, ...
-
-
-SHOWN = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {  # with the words that may follow; None: none does
-    "--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all"), "--info": SHOWN, "-i": SHOWN,
-    "--package": (), "-p": (), "--resolve": None, "--hydra-help": None,
-}  # fmt: skip
-OURS = ("--multirun", "-m", "--config-dir", "-cd", "--help")
-
-
-def split(args: Sequence[str]) -> Words:
-    from .schema import UsageError, nearest
-
-    overrides: list[str] = []
-    search: list[str] = []
-    flags: list[str] = []
-    multirun = False
-    rest = iter(args)
-    for a in rest:
-        flag, equals, value = a.partition("=")
-        if not a.startswith("-"):
-            overrides.append(a)
-        elif a in ("-m", "--multirun"):
-            multirun = True
-        elif flag in ("-cd", "--config-dir"):
-            search.append(value if equals else next(rest, ""))
-        elif flag not in HYDRA_FLAGS:
-            raise UsageError(f"no flag {flag!r}{nearest(flag, (*OURS, *HYDRA_FLAGS))}")
-        elif (words := HYDRA_FLAGS[flag]) is None:
-            flags.append(a)
-        else:
-            value = value if equals else next(rest, "")
-            if words and value not in words:
-                raise UsageError(f"no {flag} {value!r}{nearest(value, words)}")
-            flags += [flag, value]
-    if len(search) > 1 or "" in search:
-        raise UsageError("--config-dir wants one folder, such as --config-dir my-configs")
-    return Words(overrides, search, multirun, flags)
+# --------------------------------------------------------------------------------------------------------- Hydra
 
 
 def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[[Any], Any]) -> None:
@@ -238,6 +210,18 @@ def _data(args: list[str]) -> int:
     return 0
 
 
+def _eval(args: list[str]) -> int:
+    from . import config
+
+    words = split(args)
+    if words.flags:
+        return _show("eval", words)
+    jobs = config.compose_all("eval", config.expand(words.overrides, words.search), words.search)
+    from .evaluation.command import evaluate
+
+    return max([evaluate(job, words.search) for job in jobs])
+
+
 def _check(args: list[str]) -> int:
     from . import config
 
@@ -251,30 +235,47 @@ def _check(args: list[str]) -> int:
 
 
 def _list(args: list[str]) -> int:
+    from . import terminal
     from .config import config_dir, plural
+    from .report import tables
     from .schema import GROUPS, UsageError, nearest
 
     words = split(args)
     if words.flags or words.multirun:
         raise UsageError("list takes no flag but --config-dir")
-    args, folders = words.overrides, [config_dir(), *map(Path, words.search)]
     names = {name: group for group in GROUPS for name in (plural(group), group)}
-    for a in args:
+    for a in words.overrides:
         if a not in names:
             options = [plural(group) for group in GROUPS]
             raise UsageError(f"nothing called {a!r} to list{nearest(a, options, len(options))}")
-    wanted = [names[a] for a in args] or GROUPS
+    wanted = [names[a] for a in words.overrides] or GROUPS
+    rows = []
+    for group in wanted:
+        folders = [f / group for f in (config_dir(), *map(Path, words.search))]
+        paths = {p.relative_to(f).with_suffix("").as_posix(): p for f in folders for p in f.rglob("*.yaml")}
+        for name, path in sorted(paths.items()):
+            comments = [line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
+            rows.append((group, name, next((c for c in comments if not c.startswith("@")), "")))
+    if terminal.format != "text":
+        tables.show(["group", "name", "about"], rows)
+        return 0
     for group in wanted:
         if len(wanted) > 1:
             print(f"{group}=")
-        paths = [(path, f / group) for f in folders for path in (f / group).rglob("*.yaml")]
-        found = {path.relative_to(folder).with_suffix("").as_posix(): path for path, folder in paths}
-        for name, path in sorted(found.items()):
-            comments = [line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
-            print(f"  {name:<19} {next((c for c in comments if not c.startswith('@')), '')}")
+        print(*(terminal.hanging(f"  {name:<19} ", about) for g, name, about in rows if g == group), sep="\n")
     return 0
 
 
+# -------------------------------------------------------------------------------------- commands of plain words
+
+
+def _runs(args: list[str]) -> int:
+    from .runs import command
+
+    words, flags, options = plain(args, "runs", ("-y",), records="runs")
+    return command(words, [Path(folder) for folder in options["records"]], "-y" in flags)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "bench": _bench, "check": _check, "data": _data, "list": _list
+    "train": _train, "eval": _eval, "bench": _bench, "check": _check, "data": _data, "list": _list, "runs": _runs
 }  # fmt: skip

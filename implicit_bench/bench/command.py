@@ -16,7 +16,7 @@ from ..device import Device
 from ..lock import RunLock
 from ..log import Sink
 from ..report import plots, tables
-from ..terminal import Bar, duration, number, say
+from ..terminal import Bar, duration, number, progress, say
 from .ratios import Comparison, Figures, comparisons
 from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round
 
@@ -83,7 +83,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     expected = budget or (rounds or 0) * k * sum(step_ms) * 1.5e-3
     how_long = f"{rounds} rounds" if budget is None else duration(budget)
     plan = f"{len(rows)} rows × {how_long} of {_steps(k)}, about {duration(expected)} from here"
-    say("plan", f"{plan}; Ctrl-C prints what there is", err=True)
+    progress("plan", f"{plan}; Ctrl-C prints what there is")
     before = _prices(rows)
     bar = Bar(rounds or 0, "rounds")
 

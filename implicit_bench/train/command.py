@@ -22,7 +22,7 @@ from ..data import Data
 from ..device import Device
 from ..lock import RunLock
 from ..log import Sink
-from ..terminal import duration, say, share
+from ..terminal import duration, progress, say, share
 from . import CheckpointError, Fit, Interrupted, NonFinite, Step, accuracy_within, budgets, evaluate
 
 SAVED = ("last.pt", "previous.pt")
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def note(text: str) -> None:
-    say("note", text, err=True)
+    progress("note", text)
 
 
 def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
@@ -237,7 +237,8 @@ def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) ->
         if share_done is not None and share_done < record.CONVERGED_ENOUGH:
             bad = {k: n for k, n in test["status_counts"].items() if Status[k] > Status.REACHED_END}
             name = max(bad, key=bad.__getitem__)
-            note(f"{sum(bad.values()):,} test solves did not converge, most of them {name}: {Status[name].advice}")
+            advice = Status[name].advice
+            say("note", f"{sum(bad.values()):,} test solves did not converge, most of them {name}: {advice}", err=True)
         say("wrote", f"{folder}/   record.json · metrics.jsonl · last.pt · {duration(rec['timing']['total_s'])}")
     elif code == 130:
         say("train", f"interrupted at step {rec['steps']:,} and saved; the same command continues it", err=True)

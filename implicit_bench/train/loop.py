@@ -89,7 +89,7 @@ class Fit:
         found = checkpoint.load(self.folder, self.device.torch, say)
         if found is None:
             return None
-        self.model.load_state_dict(found["model"])
+        checkpoint.put(self.model, found["model"], self.folder)
         self.step.optimizer.load_state_dict(found["optimizer"])
         self.step.schedule.load_state_dict(found["schedule"])
         self.step.taken, self.step.nonfinite = found["step"], found["nonfinite"]
