@@ -29,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG} {__version__}")
         return 0
     name, rest = args[0], args[1:]
+    if name == "complete":  # what a shell asks at each Tab
+        from .complete import complete
+
+        print(*complete(" ".join(rest), COMMANDS), sep="\n")
+        return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f"nearest: {near[0]}" if near else f"there are: {', '.join(COMMANDS)}"
@@ -138,12 +143,26 @@ def _train(args: list[str]) -> int:
     words = split(args)
     if words.flags:
         return _show("train", words)
+    if words.plan:
+        return _plan("train", words)
     if words.multirun:
         return _sweep(words)
     job = config.compose("train", words.overrides, words.search)
     from .train.command import train
 
     return train(job, words.overrides).exit_code
+
+
+def _plan(command: str, words: Words) -> int:
+    from . import config
+
+    rows = config.expand(words.overrides, words.search)
+    jobs = config.compose_all(command, rows, words.search)
+    from . import plan
+
+    if command == "train":
+        return plan.plan_training(jobs)
+    return plan.plan_bench(jobs, words.overrides) if command == "bench" else plan.plan_others(command, jobs)
 
 
 def _sweep(words: Words) -> int:
@@ -188,6 +207,8 @@ def _bench(args: list[str]) -> int:
     words = split(args)
     if words.flags:
         return _show("bench", words)
+    if words.plan:
+        return _plan("bench", words)
     rows = config.expand(words.overrides, words.search)
     jobs = config.compose_all("bench", rows, words.search)
     from .bench.command import bench
@@ -201,6 +222,8 @@ def _data(args: list[str]) -> int:
     words = split(args)
     if words.flags:
         return _show("data", words)
+    if words.plan:
+        return _plan("data", words)
     jobs = config.compose_all("data", config.expand(words.overrides, words.search), words.search)
     from .data import fetch
     from .terminal import say
@@ -216,6 +239,8 @@ def _eval(args: list[str]) -> int:
     words = split(args)
     if words.flags:
         return _show("eval", words)
+    if words.plan:
+        return _plan("eval", words)
     jobs = config.compose_all("eval", config.expand(words.overrides, words.search), words.search)
     from .evaluation.command import evaluate
 
@@ -228,6 +253,8 @@ def _check(args: list[str]) -> int:
     words = split(args)
     if words.flags:
         return _show("check", words)
+    if words.plan:
+        return _plan("check", words)
     jobs = config.compose_all("check", config.expand(words.overrides, words.search), words.search)
     from .check import check
 
@@ -241,7 +268,7 @@ def _list(args: list[str]) -> int:
     from .schema import GROUPS, UsageError, nearest
 
     words = split(args)
-    if words.flags or words.multirun:
+    if words.flags or words.multirun or words.plan:
         raise UsageError("list takes no flag but --config-dir")
     names = {name: group for group in GROUPS for name in (plural(group), group)}
     for a in words.overrides:
@@ -276,6 +303,13 @@ def _runs(args: list[str]) -> int:
     return command(words, [Path(folder) for folder in options["records"]], "-y" in flags)
 
 
+def _completion(args: list[str]) -> int:
+    from .complete import script
+
+    return script(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "eval": _eval, "bench": _bench, "check": _check, "data": _data, "list": _list, "runs": _runs
+    "train": _train, "eval": _eval, "bench": _bench, "check": _check, "data": _data, "list": _list, "runs": _runs,
+    "completion": _completion,
 }  # fmt: skip

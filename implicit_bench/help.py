@@ -16,6 +16,7 @@ commands
   data      fetch and verify a data set
   runs      list, compare and remove what has been run
   list      what can be chosen: models, networks, inits, solvers, stops, adjoints, penalties, datasets, ...
+  completion  the Tab key in bash, zsh and fish
 
 examples
   {PROG} train model=skip_deq                             on the embedded digits, ten seconds
@@ -144,6 +145,15 @@ examples
   {PROG} runs skip_deq status=done
   {PROG} runs diff last 3fa9c1
   {PROG} runs dataset=mnist records=runs,results format=csv
+""",
+    "completion": f"""{PROG} completion: commands, groups, values and runs at the Tab key
+
+usage: {PROG} completion bash|zsh|fish
+
+examples
+  {PROG} completion bash      eval "$(...)" of it in ~/.bashrc
+  {PROG} completion zsh       eval "$(...)" of it in ~/.zshrc, after compinit
+  {PROG} completion fish      | source in ~/.config/fish/config.fish
 """,
     "list": f"""{PROG} list: what can be chosen
 

@@ -13,6 +13,7 @@ class Words(NamedTuple):
     search: list[str]  # --config-dir
     multirun: bool
     flags: list[str]  # that only Hydra answers: --cfg job, --info searchpath, ...
+    plan: bool = False  # plan=true
 
 
 SHOWN = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -39,11 +40,15 @@ def split(args: Sequence[str]) -> Words:
     overrides: list[str] = []
     search: list[str] = []
     flags: list[str] = []
-    multirun = False
+    multirun = plan = False
     rest = iter(args)
     for a in rest:
         flag, equals, value = a.partition("=")
-        if not a.startswith("-"):
+        if flag == "plan":
+            if value not in ("true", "false"):
+                raise UsageError(f"plan={value!r} is not possible{nearest(value, ('true', 'false'))}")
+            plan = value == "true"
+        elif not a.startswith("-"):
             overrides.append(_as_meant(a))
         elif a in ("-m", "--multirun"):
             multirun = True
@@ -60,7 +65,7 @@ def split(args: Sequence[str]) -> Words:
             flags += [flag, value]
     if len(search) > 1 or "" in search:
         raise UsageError("--config-dir wants one folder, such as --config-dir my-configs")
-    return Words(overrides, search, multirun, flags)
+    return Words(overrides, search, multirun, flags, plan)
 
 
 def plain(args: Sequence[str], command: str, flags: Sequence[str] = (),

@@ -94,7 +94,7 @@ def examples(text):
     return [re.split(r"\s{2,}", line.strip())[0] for line in text.splitlines() if line.startswith("  implicit-bench ")]
 
 
-PLAIN_WORDS = ("list", "runs")  # compose nothing
+PLAIN_WORDS = ("list", "runs", "completion")  # compose nothing
 EXAMPLES = [line for text in (USAGE, *HELP.values()) for line in examples(text)]
 
 
@@ -179,7 +179,7 @@ def refused(capsys, *argv, code=2):
 
 def test_unknown_words(capsys):
     assert refused(capsys, "trian") == "no command 'trian'; nearest: train"
-    assert refused(capsys, "xyz") == "no command 'xyz'; there are: train, eval, bench, check, data, list, runs"
+    assert refused(capsys, "xyz") == f"no command 'xyz'; there are: {', '.join(COMMANDS)}"
     assert refused(capsys, "list", "modls") == "nothing called 'modls' to list; nearest: models"
     assert refused(capsys, "list", "models", "--foo").startswith("no flag '--foo'; ")
     assert refused(capsys, "list", "models", "-m") == "list takes no flag but --config-dir"
