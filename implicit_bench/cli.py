@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -63,6 +65,7 @@ def _with_manners(name: str, args: list[str]) -> int:
 
 def _guarded(run: Callable[[], int]) -> int:
     """An exit code, with one sentence for what is the user's or the machine's doing; the rest is ours, a traceback."""
+    from .lock import RunLocked
     from .schema import UsageError
 
     try:
@@ -79,11 +82,12 @@ def _guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as problem:
-        return _refuse(f"{problem.filename}: {problem.strerror}" if problem.filename else problem, 1)
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        return _refuse(f"{problem.filename}: {problem.strerror}" if problem.filename else problem, 1 if full else 2)
     except (ValueError, RuntimeError) as problem:
         if not type(problem).__module__.startswith("implicit_bench"):
             raise
-        return _refuse(problem, 1)  # RunLocked, RecordError, DataError: not the words, but the state of things
+        return _refuse(problem, 1 if isinstance(problem, RunLocked) else 2)  # RecordError, DataError, CheckpointError
 
 
 def _refuse(problem: object, code: int) -> int:
@@ -102,6 +106,7 @@ def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[
     from .config import config_dir
     from .schema import UsageError, first_line
 
+    logging.raiseExceptions = False  # or --info ... | head prints a traceback a line
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"{PROG} {command}", *args, *(f"--config-dir={folder}" for folder in words.search)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints tracebacks of its own and exits
@@ -169,7 +174,8 @@ def _sweep(words: Words) -> int:
     from . import config
 
     if not any(o.startswith("hydra/sweeper=") for o in words.overrides):  # another sweeper reads ranges its own way
-        config.compose_all("train", config.each_value(words.overrides, words.search), words.search)
+        for job in config.compose_all("train", config.each_value(words.overrides, words.search), words.search):
+            config.make_alone(job.config)
     try:
         _hydra_main("train", words, ["--multirun", *words.overrides], train_task)
     except JobFailed:

@@ -182,6 +182,17 @@ def started(record: Mapping[str, Any], path: Path) -> float:
         return path.stat().st_mtime
 
 
+def writable(key: str, folder: Path) -> None:
+    """Make a folder that the user named. Raises RecordError that names the key."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK | os.X_OK) else "no permission to write there"
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+    if reason:
+        raise RecordError(f"{key}={folder} cannot be used ({reason}); name a folder that you can write to")
+
+
 def new_record(command: str, config: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
     """A record with every key in its order; `fields` sets top-level keys, and updates those that are sections."""
     sections: dict[str, dict[str, Any]] = {}

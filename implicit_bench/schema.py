@@ -35,7 +35,7 @@ class UsageError(Exception):
 
 def nearest(word: str, options: Sequence[str], most: int = 12) -> str:
     """`; nearest: x`, or the options themselves when nothing is near and they are not too many."""
-    near = difflib.get_close_matches(word.lower(), options, 1, 0.5)
+    near = difflib.get_close_matches(word, options, 1, 0.5) or difflib.get_close_matches(word.lower(), options, 1, 0.5)
     if near:
         return f"; nearest: {near[0]}"
     return f"; there are: {', '.join(options)}" if 0 < len(options) <= most else ""
@@ -44,6 +44,11 @@ def nearest(word: str, options: Sequence[str], most: int = 12) -> str:
 def no_key(key: str, known: Sequence[str]) -> str:
     """`epochs` is recipe.epochs; else the nearest."""
     known = [k for k in known if not k.endswith("_target_")]
+    head, dot, leaf = key.rpartition(".")
+    beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == head]
+    if dot and beside:
+        near = difflib.get_close_matches(leaf, beside, 1, 0.5)  # of what stands beside it: the head is right
+        return f"no key {key!r}; " + (f"nearest: {head}.{near[0]}" if near else f"{head} has {', '.join(beside)}")
     ends = [k for k in known if k.endswith(f".{key}")]
     return f"no key {key!r}" + (f"; nearest: {', '.join(ends[:3])}" if ends else nearest(key, known))
 
@@ -107,6 +112,8 @@ def _check_component(node: dict[str, Any], path: str, allow: Sequence[str]) -> N
         if f"{path}.{key}" not in named and not open_ended:
             raise UsageError(no_key(f"{path}.{key}", named))
         _check_type(f"{path}.{key}", value, hints.get(key, Any))
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UsageError(f"{path}.{key}={value} is too large")
 
 
 def sources(config: dict[str, Any]) -> dict[str, str]:
@@ -142,7 +149,8 @@ def locate(target: Any, path: str, allow: Sequence[str] = ()) -> Any:
         raise UsageError(f"{path}._target_={target!r} cannot be imported: {first_line(error)}") from None
     found = getattr(home, name, None)
     if found is None:
-        raise UsageError(f"{path}._target_={target!r} is not there{nearest(name, dir(home), 0)}")
+        classes = [n for n in dir(home) if inspect.isclass(getattr(home, n))]
+        raise UsageError(f"{path}._target_={target!r} is not there{nearest(name, classes, 0)}")
     if not inspect.isclass(found):
         raise UsageError(f"{path}._target_={target!r} is not a class")
     if not own:

@@ -158,21 +158,21 @@ def test_mistakes_are_sentences(trained, capsys):
     assert refused(capsys, "eval.steps=-1", at) == "eval.steps=-1 must not be negative"
     assert refused(capsys, "eval.solver=picard", at) == "no key 'eval.solver'; nearest: eval.solvers"
     assert refused(capsys, "eval.split=tets", at) == "eval.split='tets' is not possible; nearest: test"
-    assert refused(capsys, "run=zzz", at, code=1).startswith("no run 'zzz' in ")
+    assert refused(capsys, "run=zzz", at, code=2).startswith("no run 'zzz' in ")
     assert "no solver 'brodyen'" in refused(capsys, "plot=true", "eval.solvers=brodyen", at)
     assert "use tsit5" in refused(capsys, "plot=true", "eval.solvers=torchdiffeq/dopri5", at)
     assert "is not possible; it wants" in refused(capsys, "eval.noise=a,b", at)
 
 
 def test_an_id_that_looks_like_a_number_is_an_id(trained, capsys):
-    assert refused(capsys, "run=12345e1", f"paths.runs={trained / 'runs'}", code=1).startswith("no run '12345e1'")
+    assert refused(capsys, "run=12345e1", f"paths.runs={trained / 'runs'}", code=2).startswith("no run '12345e1'")
 
 
 def test_a_checkpoint_of_another_network_is_named(trained, tmp_path, capsys):
     outcome = jobs.run(tmp_path, "network.hidden=32", "recipe.max_steps=2")
     (outcome.folder / "last.pt").write_bytes((load_run("skip_deq", trained / "runs").folder / "last.pt").read_bytes())
     capsys.readouterr()
-    said = refused(capsys, "run=last", f"paths.runs={tmp_path / 'runs'}", code=1)
+    said = refused(capsys, "run=last", f"paths.runs={tmp_path / 'runs'}", code=2)
     assert f"the checkpoint in {outcome.folder} is another network's (" in said
 
 

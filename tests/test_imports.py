@@ -39,7 +39,7 @@ OURS = {
     "train": {"core", "adjoints", "models", *WORLD},
     "bench": {"core", "train", "report", *WORLD},
     "cli": {"__init__", "config", "schema", "help", "data", "terminal", "check", "train", "bench", "words",
-            "report", "runs", "evaluation", "plan", "complete"},
+            "report", "runs", "evaluation", "plan", "complete", "lock"},
     "__main__": {"cli"},
     "__init__": {"core", "models"},
 }

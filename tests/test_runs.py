@@ -69,7 +69,7 @@ def test_what_is_not_there_is_said_on_stderr(here, capsys):
     put(here)
     assert main(["runs", "mnist"]) == 0
     assert capsys.readouterr().err == "none of the 1 runs in runs fits 'mnist'\n"
-    assert main(["runs", "records=nowhere"]) == 1
+    assert main(["runs", "records=nowhere"]) == 2
     assert "no folder nowhere" in capsys.readouterr().err
 
 
@@ -92,7 +92,7 @@ def test_diff_shows_what_differs_and_by_how_much(here, capsys):
     assert (rows["recipe.lr"][a.name], rows["recipe.lr"][b.name]) == (1e-3, 2e-3)
     assert rows["metrics.test_acc"]["change"] == "+12.5%"
     assert main(["runs", "diff", a.name]) == 2
-    assert main(["runs", "diff", a.name, "zzz"]) == 1
+    assert main(["runs", "diff", a.name, "zzz"]) == 2
 
 
 def test_rm_asks_and_removes_only_what_is_named(here, capsys, monkeypatch):
@@ -114,7 +114,7 @@ def test_rm_keeps_off_a_run_that_is_being_written(here, capsys):
 
     folder = put(here)
     with RunLock(folder):
-        assert main(["runs", "rm", folder.name, "-y"]) == 1
+        assert main(["runs", "rm", folder.name, "-y"]) == 2
         assert "is being written by process" in capsys.readouterr().err
     assert folder.exists()
 

@@ -60,6 +60,7 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
         parts.recipe.total_steps(len(data.train))
     except ValueError as mistake:
         raise config.UsageError(str(mistake)) from None
+    record.writable("paths.runs", runs)
     with RunLock(folder), _sigterm_as_ctrl_c():
         if done := _finished(folder, cfg["force"]):
             return done
@@ -142,7 +143,9 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
         code = 0
     except (Interrupted, KeyboardInterrupt):
         code = 130
-    except (NonFinite, CheckpointError) as problem:
+    except CheckpointError:  # nothing has been touched: it is for the user to mend
+        raise
+    except NonFinite as problem:
         error = str(problem)
     except Exception as problem:
         error = f"{type(problem).__name__}: {next(iter(str(problem).strip().splitlines()), '')}"
@@ -215,6 +218,8 @@ def _header(job: config.Composed, folder: Path, rec: dict[str, Any], counts: dic
     shown = [w for w in words if w.split("=")[0] not in ("model", "network", "dataset", "seed")]
     line = " ".join([f"model={c['model']}", *shown, f"network={c['network']}", f"dataset={c['dataset']}",
                      f"seed={rec['config']['seed']}"])  # fmt: skip
+    for remark in remarks(job):
+        say("note", remark, err=True)
     stop = rec["config"]["stop"]
     until = {"residual": f"to residual {stop.get('tol')}", "end_time": f"to t = {stop.get('t1')}",
              "fixed_steps": f"{stop.get('steps')} applications"}.get(c["stop"], c["stop"])  # fmt: skip
@@ -222,6 +227,20 @@ def _header(job: config.Composed, folder: Path, rec: dict[str, Any], counts: dic
     gradient = f"{c['adjoint']} ({linear})" if linear else c["adjoint"]
     how = f"z0 = {c['init']} → {c['solver']} {until} → gradient: {gradient} · {sum(counts.values()):,} parameters"
     say("train", f"{line}      run {folder.name}\n{how}")
+
+
+def remarks(job: config.Composed) -> list[str]:
+    """What is allowed, and may not do what it seems to."""
+    c, found = job.choices, []
+    penalised, stop = "skip" in job.config["penalty"], job.config["stop"]
+    if c["init"] == "skip_net" and not penalised:
+        found.append("init=skip_net learns from penalty=[skip] alone, and it is not there: the predictor never changes")
+    if c["init"] == "zero" and penalised:
+        found.append("penalty=[skip] has no predictor to train with init=zero: it only pulls the solution to zero")
+    if c["adjoint"] in ("ift", "jfb", "phantom") and "t1" in stop:
+        found.append(f"adjoint={c['adjoint']} takes z({stop['t1']:g}) for a fixed point; the residual tells how far "
+                     "off that is")  # fmt: skip
+    return found
 
 
 def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) -> None:

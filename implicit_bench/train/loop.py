@@ -180,7 +180,8 @@ class Fit:
         nfe = f"{number(train['nfe_forward'])}/{number(train['nfe_backward'])}"
         residual = number(train["residual"], 2)
         done = f"{train['converged_fraction']:.0%}" if "converged_fraction" in train else "–"
-        left = f"{at.epoch:6d} {train['loss']:7.3f}  {share(val.get('acc')):>6}"
+        loss = f"{train['loss']:.3f}" if train["loss"] < 1e3 else number(train["loss"])
+        left = f"{at.epoch:6d} {loss:>7}  {share(val.get('acc')):>6}"
         bar.line(f"{left}   {nfe:<10}  {residual:>8}   {done:>7}   {number(ms):>9}")
         at.last, at.batch, at.tally = {**row, "solve.status_counts": tally.status_counts()}, 0, {}
         self.save()
