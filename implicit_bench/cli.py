@@ -229,12 +229,27 @@ def _data(args: list[str]) -> int:
     words = split(args)
     if words.flags:
         return _show("data", words)
-    jobs = config.compose_all("data", config.expand(words.overrides, words.search), words.search)
-    from .data import fetch
+    rows = config.expand(words.overrides, words.search)
+    if named := any(word.partition("=")[0].split(".")[0] == "dataset" for word in words.overrides):
+        jobs = config.compose_all("data", rows, words.search)
+    else:
+        names = sorted({path.stem for folder in (config.config_dir(), *map(Path, words.search))
+                        for path in (folder / "dataset").glob("*.yaml")})  # fmt: skip
+        jobs = config.compose_all("data", [[f"dataset={name}", *row] for row in rows for name in names], words.search)
+    from .report import tables
     from .terminal import say
 
+    table = []
     for job in jobs:
-        fetch(job.config["dataset"]["name"], Path(job.config["paths"]["data"]), lambda line: say("data", line))
+        dataset, root = config.make(job.config["dataset"], "dataset"), Path(job.config["paths"]["data"])
+        if named:
+            dataset.fetch(root, lambda line: say("data", line))
+            continue
+        row = dataset.describe(root)
+        mb = ["?" if n is None else f"{n:,.0f}" if n else "–" for n in (row["bytes"] / 1e6, row["download_mb"])]
+        table.append([job.choices["dataset"], row["state"], *mb, row["folder"], row["how"]])
+    if not named:
+        print(tables.text(["data set", "state", "MB", "to fetch, MB", "folder", "how"], table))
     return 0
 
 

@@ -222,7 +222,7 @@ def test_cfg_prints_the_composed_configuration_and_runs_nothing(tmp_path, monkey
         assert [job["model"]["name"] for job in shown] == ["deq", "cdeq"]
         assert shown[0]["stop"]["tol"] == 0.01
     assert main(["data", "--cfg", "job"]) == 0
-    assert set(yaml.safe_load(capsys.readouterr().out)) == {"dataset", "paths"}
+    assert set(yaml.safe_load(capsys.readouterr().out)) == {"allow_targets", "dataset", "paths"}
     assert main(["train", "--info", "searchpath", "--config-dir", str(CONFIGS / "model")]) == 0
     assert f"file://{CONFIGS / 'model'}" in capsys.readouterr().out
     assert main(["train", "--info", "defaults", "model=cdeq"]) == 0
@@ -232,7 +232,7 @@ def test_cfg_prints_the_composed_configuration_and_runs_nothing(tmp_path, monkey
 
 
 def test_data_verifies_each_set_that_is_named(capsys, tmp_path):
-    assert main(["data", f"paths.data={tmp_path}"]) == 0
+    assert main(["data", "dataset=digits", f"paths.data={tmp_path}"]) == 0
     assert re.match(r"data    digits: 1 files? in .*, every hash as it should be\n$", capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
 
