@@ -237,6 +237,25 @@ def test_data_verifies_each_set_that_is_named(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_data_without_a_name_is_a_table_of_every_data_set(capsys, tmp_path):
+    (tmp_path / "MNIST/raw").mkdir(parents=True)
+    (tmp_path / "MNIST/raw/t10k-images-idx3-ubyte").write_bytes(bytes(2_000_000))
+    assert main(["data", f"paths.data={tmp_path}"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    head, *lines = out.splitlines()
+    assert head.split() == ["data", "set", "state", "MB", "to", "fetch,", "MB", "folder", "how"]
+    names = sorted(path.stem for path in (config.config_dir() / "dataset").glob("*.yaml"))
+    assert [line.split()[0] for line in lines] == names
+    rows = {line.split()[0]: line.split()[1:4] for line in lines}
+    assert rows["mnist"] == ["incomplete", "2", "12"]
+    assert rows["cifar100"] == ["absent", "–", "169"]
+    assert rows["digits"][0] == "present"
+    assert rows["imagenet"] == ["absent", "–", "?"]
+    (words,) = [line.split()[4:] for line in lines if line.startswith(" svhn ")]
+    assert words == [f"{tmp_path}/SVHN", "implicit-bench", "data", "dataset=svhn", f"paths.data={tmp_path}"]
+
+
 # ------------------------------------------------------------------------------------------------------------- sweeps
 
 
