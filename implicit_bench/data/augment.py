@@ -18,10 +18,13 @@ def flip_and_crop(x: Tensor, flip: float, pad: int, generator: torch.Generator) 
     batch, channels, height, width = x.shape
     mirrored = torch.rand(batch, generator=generator, device=x.device) < flip
     top, left = torch.randint(2 * pad + 1, (2, batch), generator=generator, device=x.device)
-    either = torch.cat([x, x.flip(3)]).index_select(0, torch.arange(batch, device=x.device) + batch * mirrored)
-    padded = zero_pad(either, (pad, pad, pad, pad))
+    if flip:
+        x = torch.cat([x, x.flip(3)]).index_select(0, torch.arange(batch, device=x.device) + batch * mirrored)
+    if not pad:
+        return x
+    padded = zero_pad(x, (pad, pad, pad, pad))
     tall, wide = padded.shape[2:]
-    corner = top * wide + left
-    planes = torch.arange(batch * channels, device=x.device).view(batch, channels) * (tall * wide)
-    rows = (planes + corner[:, None])[:, :, None] + torch.arange(height, device=x.device) * wide
+    planes = torch.arange(0, padded.numel(), tall * wide, device=x.device).view(batch, channels)
+    lines = torch.arange(0, height * wide, wide, device=x.device)
+    rows = (planes + (top * wide + left)[:, None])[:, :, None] + lines
     return padded.flatten().unfold(0, width, 1).index_select(0, rows.flatten()).view(x.shape)

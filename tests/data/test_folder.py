@@ -1,4 +1,4 @@
-"""Folders of pictures that stream: the same batches whatever the workers, no process left behind, mistakes in a sentence."""
+"""Folders of pictures that stream: the same batches whatever the workers, no process left, mistakes in a sentence."""
 
 import json
 import multiprocessing
@@ -211,7 +211,7 @@ def test_settings_that_make_no_sense(folder):
         load(folder, val_size=24)
     with pytest.raises(ValueError, match=r"dataset.size=11 must be positive and at most dataset.resize=10"):
         load(folder, size=11)
-    with pytest.raises(DataMissing, match="dataset.folder names no folder"):
+    with pytest.raises(DataMissing, match=r"dataset\.folder names no folder"):
         ImageFolder(None, 0, MEAN, STD).load("nowhere")
 
 

@@ -114,8 +114,8 @@ def test_splits_normalises_and_augments(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
-        ({"train_x": np.zeros((10, 1, 2, 2))}, r"train_x of float64 \[10, 1, 2, 2\], but pixels must be uint8, 0 to 255"),
-        ({"test_x": np.zeros((4, 2, 2, 1), np.uint8)}, r"test_x of shape \[4, 2, 2, 1\], but shape says \['N', 1, 2, 2\]"),
+        ({"train_x": np.zeros((10, 1, 2, 2))}, r"train_x of float64 \[10, 1, 2, 2\], but pixels must be uint8"),
+        ({"test_x": np.zeros((4, 2, 2, 1), np.uint8)}, r"test_x of shape \[4, 2, 2, 1\], but shape says \['N', 1,"),
         ({"test_x": np.zeros((0, 1, 2, 2), np.uint8)}, r"test_x of shape \[0, 1, 2, 2\]"),
         ({"train_y": np.zeros(9, int)}, r"train_y of int64 \[9\], but 10 images need as many whole numbers"),
         ({"train_y": np.zeros(10)}, r"train_y of float64 \[10\], but 10 images need as many whole numbers"),
@@ -135,7 +135,7 @@ def test_mistakes_in_the_class_are_one_sentence(tmp_path):
         dataset(shape=(8, 8))()
     with pytest.raises(ValueError, match=r"^Mine.classes must be a whole number, not None$"):
         dataset(classes=None)()
-    with pytest.raises(DataError, match="dataset.val_size=10, but Mine has 10 training images"):
+    with pytest.raises(DataError, match=r"dataset\.val_size=10, but Mine has 10 training images"):
         dataset()(val_size=10).load(tmp_path)
     with pytest.raises(DataError, match=r"has no read\(root\)"):
         type("Empty", (Dataset,), {"shape": (1, 2, 2), "classes": 2})().load(tmp_path)
