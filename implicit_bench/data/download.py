@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -25,6 +24,8 @@ def download(urls: Sequence[str], folder: Path, md5: str, report: Callable[[str]
     if the server can (it starts again where the server cannot). A connection that breaks is tried again for as long as
     each try brings something. Raises DataError, DataCorrupt (the part is then gone) in one sentence.
     """
+    import fcntl
+
     target = folder / urls[0].rpartition("/")[2]
     if target.is_file() and _md5(target) == md5:
         return target

@@ -94,7 +94,7 @@ def decode_svhn(read: Read) -> Raw:
     return Raw(*split("train"), *split("test"))
 
 
-def open_rgb(path: Path) -> Any:
+def open_rgb(path: Path | str) -> Any:
     """A picture file as a PIL image in RGB, decoded. Raises DataCorrupt that names it."""
     from PIL import Image
 

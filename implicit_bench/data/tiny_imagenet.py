@@ -70,7 +70,7 @@ class TinyImageNet(Dataset):
             return row | {"state": "incomplete"}
         return row | {"state": "present"}
 
-    def _files(self, root: Path) -> tuple[list[Path], Tensor]:
+    def _files(self, root: Path) -> tuple[list[str], Tensor]:
         """The training files by class and name, then the test files as annotated; and their labels."""
         folder, remedy = root / FOLDER, f"delete {root / FOLDER} and run `{command_for(self.name, root)}`"
         if not folder.exists():
@@ -78,10 +78,9 @@ class TinyImageNet(Dataset):
                               f"`{command_for(self.name, root)}` ({BYTES / 1e6:.0f} MB)")  # fmt: skip
         try:
             label = {wnid: k for k, wnid in enumerate((folder / "wnids.txt").read_text().split())}
-            train = [(path, label[wnid]) for wnid in label
-                     for path in sorted((folder / "train" / wnid / "images").glob("*.JPEG"))]  # fmt: skip
+            train = [(entry.path, label[wnid]) for wnid in label for entry in _below(folder / "train" / wnid / "images")]
             rows = (line.split() for line in (folder / "val/val_annotations.txt").read_text().splitlines())
-            test = [(folder / "val/images" / row[0], label[row[1]]) for row in rows]
+            test = [(f"{folder}/val/images/{row[0]}", label[row[1]]) for row in rows]
         except (OSError, KeyError, IndexError) as error:
             raise DataCorrupt(f"{folder} is not whole ({type(error).__name__}: {error}); {remedy}") from None
         found, wanted = (len(label), len(train), len(test)), (self.classes, self.n_train, self.n_test)
@@ -90,17 +89,17 @@ class TinyImageNet(Dataset):
         paths, labels = zip(*train, *test)
         return list(paths), torch.tensor(labels)
 
-    def _decoded(self, root: Path, paths: list[Path]) -> Any:
+    def _decoded(self, root: Path, paths: list[str]) -> Any:
         """uint8 (N, C, H, W) of all files, from the cache if that was made of the very same ones."""
         import numpy as np
 
         digest = hashlib.sha256()
         for path in paths:
             try:
-                facts = path.stat()
+                facts = os.stat(path)
             except FileNotFoundError:
                 raise DataCorrupt(f"{path} is missing; delete {root / FOLDER} and fetch it again") from None
-            digest.update(f"{path.relative_to(root)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+            digest.update(f"{path.removeprefix(str(root))} {facts.st_size} {facts.st_mtime_ns}\n".encode())
         cache = root / f"{FOLDER}-{digest.hexdigest()[:16]}.npy"
         with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: no whole file
             return np.load(cache)
@@ -118,7 +117,7 @@ class TinyImageNet(Dataset):
 class _Chunks:
     """CHUNK files at a time, decoded to uint8 (n, C, H, W)."""
 
-    paths: list[Path]
+    paths: list[str]
     shape: tuple[int, int, int]
 
     def __getitem__(self, k: int) -> Tensor:
@@ -138,15 +137,15 @@ def _keep(cache: Path, images: Any) -> None:
     """Write the cache whole or not at all, in the place of those of other files."""
     import numpy as np
 
-    handle, temporary = tempfile.mkstemp(dir=cache.parent, prefix=".fetch-")
+    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             np.save(file, images)
         for old in cache.parent.glob(f"{FOLDER}-*.npy"):
             old.unlink()
         os.replace(temporary, cache)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
