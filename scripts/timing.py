@@ -1,6 +1,7 @@
-"""The figures of docs/timing.md, measured here: start-up, the share of an epoch outside the step.
+"""The figures of docs/timing.md, measured here: start-up, the share of an epoch outside the step, augmentation.
 
 usage: python scripts/timing.py [paths.data=DIR]     (MNIST is fetched if it is not there)
+       python scripts/timing.py augment              the last part alone
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from implicit_bench import clock, config, machine, record
+from implicit_bench.data import Dataset, Raw, ensure_torchvision
 from implicit_bench.report import tables
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -59,6 +62,53 @@ def epoch_share(folder: Path, words: list[str]) -> list[list[str]]:
     return rows
 
 
+class Noise(Dataset):
+    """Random pixels in CIFAR-10's shape: what augmenting costs does not depend on them."""
+
+    shape, classes = (3, 32, 32), 10
+
+    def read(self, root: Path) -> Raw:
+        x = torch.randint(256, (10_000, *self.shape), dtype=torch.uint8)
+        return Raw(x, torch.arange(10_000) % 10, x[:10], torch.arange(10))
+
+
+def augmentation(batch: int = 128, images: int = 2048, rounds: int = 60) -> list[list[str]]:
+    """Crop, flip and normalise CIFAR-10's images: a batch at once on every core, against torchvision's v2 transforms an
+    image at a time. Those run on one core here, and are counted as if as many workers as cores had no overhead."""
+    ensure_torchvision()
+    from torchvision.transforms import v2
+
+    cores = os.cpu_count() or 1
+    data = Noise(mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616], flip=0.5, pad=4).load("")
+    one = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True),
+                      v2.Normalize([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])])  # fmt: skip
+    order = data.order(len(data.train), 0, 1)
+
+    def ours() -> None:
+        for _ in data.batches(data.train, batch, order, 0, images // batch, augment=(0, 1)):
+            pass
+
+    def theirs() -> None:
+        for index in order[:images].split(batch):
+            torch.stack([one(image) for image in data.train.x[index]])
+
+    def ms_an_image(run: Callable[[], None], threads: int, share: int) -> dict[str, float]:
+        torch.set_num_threads(threads)
+        began = time.perf_counter()
+        run()
+        return {"ms": (time.perf_counter() - began) * 1e3 / images / share}
+
+    rows = {"theirs": lambda: ms_an_image(theirs, 1, cores), "ours": lambda: ms_an_image(ours, cores, 1)}
+    for run in rows.values():
+        run()
+    times = clock.interleave(rows, rounds=rounds).rows
+    torch.set_num_threads(1)
+    ratio = clock.ratio(times["theirs"]["ms"], times["ours"]["ms"])
+    speed = [f"{1e3 / clock.summary(times[name]['ms'])['median']:,.0f}" for name in ("ours", "theirs")]
+    what = f"CIFAR-10, batch {batch}: crop, flip, normalise, {cores} cores"
+    return [[what, *speed, f"{ratio.value:.1f}× [{ratio.low:.1f}, {ratio.high:.1f}]"]]
+
+
 def main() -> None:
     policy = machine.set_allocator_policy()
     torch.set_num_threads(1)
@@ -66,13 +116,18 @@ def main() -> None:
     alone = machine.Alone()
     words = [w for w in sys.argv[1:] if "=" in w]
     config.compose("train", words)
-    with tempfile.TemporaryDirectory() as name:
-        first = start_up(Path(name))
-        second = epoch_share(Path(name), words)
+    first, second = [], []
+    if "augment" not in sys.argv:
+        with tempfile.TemporaryDirectory() as name:
+            first = start_up(Path(name))
+            second = epoch_share(Path(name), words)
+    third = augmentation()
     print(f"{facts['cores']}-core {facts['cpu']}, torch {facts['torch']}, one thread, "
           f"allocator {policy}, alone: {alone.read()}\n")  # fmt: skip
-    print(tables.markdown(["command", "median wall"], first))
-    print(tables.markdown(["epoch of", "wall", "steps", "mean step", "outside", "a batch"], second))
+    if first:
+        print(tables.markdown(["command", "median wall"], first))
+        print(tables.markdown(["epoch of", "wall", "steps", "mean step", "outside", "a batch"], second))
+    print(tables.markdown(["images/s", "here", "torchvision v2, an image at a time", "ratio"], third))
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def test_cfg_prints_the_composed_configuration_and_runs_nothing(tmp_path, monkey
         assert [job["model"]["name"] for job in shown] == ["deq", "cdeq"]
         assert shown[0]["stop"]["tol"] == 0.01
     assert main(["data", "--cfg", "job"]) == 0
-    assert set(yaml.safe_load(capsys.readouterr().out)) == {"dataset", "paths"}
+    assert set(yaml.safe_load(capsys.readouterr().out)) == {"allow_targets", "dataset", "paths"}
     assert main(["train", "--info", "searchpath", "--config-dir", str(CONFIGS / "model")]) == 0
     assert f"file://{CONFIGS / 'model'}" in capsys.readouterr().out
     assert main(["train", "--info", "defaults", "model=cdeq"]) == 0
@@ -235,9 +235,28 @@ def test_cfg_prints_the_composed_configuration_and_runs_nothing(tmp_path, monkey
 
 
 def test_data_verifies_each_set_that_is_named(capsys, tmp_path):
-    assert main(["data", f"paths.data={tmp_path}"]) == 0
+    assert main(["data", "dataset=digits", f"paths.data={tmp_path}"]) == 0
     assert re.match(r"data    digits: 1 files? in .*, every hash as it should be\n$", capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_without_a_name_is_a_table_of_every_data_set(capsys, tmp_path):
+    (tmp_path / "MNIST/raw").mkdir(parents=True)
+    (tmp_path / "MNIST/raw/t10k-images-idx3-ubyte").write_bytes(bytes(2_000_000))
+    assert main(["data", f"paths.data={tmp_path}"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    head, *lines = out.splitlines()
+    assert head.split() == ["data", "set", "state", "MB", "to", "fetch,", "MB", "folder", "how"]
+    names = sorted(path.stem for path in (config.config_dir() / "dataset").glob("*.yaml"))
+    assert [line.split()[0] for line in lines] == names
+    rows = {line.split()[0]: line.split()[1:4] for line in lines}
+    assert rows["mnist"] == ["incomplete", "2", "12"]
+    assert rows["cifar100"] == ["absent", "–", "169"]
+    assert rows["digits"][0] == "present"
+    assert rows["imagenet"] == ["absent", "–", "?"]
+    (words,) = [line.split()[4:] for line in lines if line.startswith(" svhn ")]
+    assert words == [f"{tmp_path}/SVHN", "implicit-bench", "data", "dataset=svhn", f"paths.data={tmp_path}"]
 
 
 # ------------------------------------------------------------------------------------------------------------- sweeps

@@ -194,9 +194,9 @@ KEYS = st.sampled_from([*GROUPS, *PLAIN, "solver.window", "stop.tol", "stop.max_
                         "format"])  # fmt: skip
 ATOMS = st.one_of(
     st.sampled_from(["deq", "cdeq", "skip", "null", "true", "1", "-1", "1e-3", "nan", "inf", "", "''", "[]", "{}",
-                     "[1,", "{a:1}", "${seed}", "${a.b}", "${", "range(3)", "glob(*)", "choice(1,2)", "interval(0,1)",
-                     "1,2", "sort(1,2)", "tag(a,1)", "os.system", "implicit_bench.core.solve", "???", "a: b", "'", '"', "\\",
-                     "0x10", "1_000", "😀", "@", "!!python/object:os.system"]),
+                     "[1,", "{a:1}", "${seed}", "${a.b}", "${", "range(3)", "glob(*)", "choice(1,2)", "1,2",
+                     "interval(0,1)", "sort(1,2)", "tag(a,1)", "os.system", "implicit_bench.core.solve", "???", "a: b",
+                     "'", '"', "\\", "0x10", "1_000", "😀", "@", "!!python/object:os.system"]),
     st.text(max_size=12), st.integers().map(str), st.floats().map(str),
 )  # fmt: skip
 LINES = st.tuples(st.sampled_from(["", "", "", "+", "++", "~"]), st.one_of(KEYS, st.text(max_size=8)), ATOMS).map(

@@ -12,12 +12,19 @@ def flip_and_crop(x: Tensor, flip: float, pad: int, generator: torch.Generator) 
 
     x (B, C, H, W) of raw pixels, so that the padding is black; the same shape returns. ``generator`` lives on x's
     device and decides everything. Distributed as torchvision's RandomCrop(H, padding=pad) and
-    RandomHorizontalFlip(flip) are. Costs one indexing operation and 2 (H + 2 pad)(W + 2 pad) / HW times x in memory.
+    RandomHorizontalFlip(flip) are. A crop is copied row by row: every run of W pixels of the padded images is a row of
+    one overlapping view, and picking those is several times as fast as picking windows by index.
     """
-    batch, _, height, width = x.shape
-    padded = zero_pad(x, (pad, pad, pad, pad))
-    both = torch.stack([padded, padded.flip(3)])
-    windows = both.unfold(3, height, 1).unfold(4, width, 1)  # (2, B, C, 2 pad + 1, 2 pad + 1, H, W), a view
+    batch, channels, height, width = x.shape
     mirrored = torch.rand(batch, generator=generator, device=x.device) < flip
     top, left = torch.randint(2 * pad + 1, (2, batch), generator=generator, device=x.device)
-    return windows[mirrored.long(), torch.arange(batch, device=x.device), :, top, left]
+    if flip:
+        x = torch.cat([x, x.flip(3)]).index_select(0, torch.arange(batch, device=x.device) + batch * mirrored)
+    if not pad:
+        return x
+    padded = zero_pad(x, (pad, pad, pad, pad))
+    tall, wide = padded.shape[2:]
+    planes = torch.arange(0, padded.numel(), tall * wide, device=x.device).view(batch, channels)
+    lines = torch.arange(0, height * wide, wide, device=x.device)
+    rows = (planes + (top * wide + left)[:, None])[:, :, None] + lines
+    return padded.flatten().unfold(0, width, 1).index_select(0, rows.flatten()).view(x.shape)

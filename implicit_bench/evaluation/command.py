@@ -73,8 +73,7 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
     _say_changes(run, data)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for index in torch.arange(len(split), device=split.y.device).split(settings.batch):
-            x, y = data.batch(split, index)
+        for x, y in data.batches(split, settings.batch):
             yield device.images(x), y
 
     found = _measure(model, batches, device, settings, dataset, run)
@@ -86,7 +85,7 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
     if cfg["plot"]:
         x = next(iter(batches()))[0][:100]
         pictures += plots.residuals(out / "residual", _traces(model, x, picked, device), found["run"])
-        if independent and model.layer.field == "equilibrium":
+        if independent and isinstance(split.x, Tensor):
             pictures += plots.most_and_least(out / "evaluations", split.x, found.pop("_seen"), found["run"])
     found.pop("_seen", None)
     (out / f"{settings.split}.json").write_text(json.dumps(record.plain(found), indent=1) + "\n")

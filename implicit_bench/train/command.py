@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import clock, config, machine, record
 from ..core import Status
-from ..data import Data
+from ..data import Data, DataError
 from ..device import Device
 from ..lock import RunLock
 from ..log import Sink
@@ -53,7 +53,8 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
     environment = device.environment()
     parts = config.build(cfg)  # what cannot work is said before anything is written
     sink: Sink = config.make(cfg["logger"], "logger")
-    data = parts.dataset.load(Path(cfg["paths"]["data"]), device.torch, fetch=lambda line: say("data", line))
+    data = parts.dataset.load(Path(cfg["paths"]["data"]), device.torch, fetch=lambda line: say("data", line),
+                              workers=cfg["loader"]["workers"])  # fmt: skip
     n = parts.recipe.eval_images
     data = replace(data, val=data.val.first(n), test=data.test.first(n))
     try:
@@ -145,7 +146,7 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
         code = 130
     except CheckpointError:  # nothing has been touched: it is for the user to mend
         raise
-    except NonFinite as problem:
+    except (NonFinite, DataError) as problem:
         error = str(problem)
     except Exception as problem:
         error = f"{type(problem).__name__}: {next(iter(str(problem).strip().splitlines()), '')}"

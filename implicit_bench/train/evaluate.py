@@ -19,8 +19,7 @@ def evaluate(model: Classifier, data: Data, split: Split, batch: int, device: De
     """Accuracy, loss and solve statistics on a split, in evaluation mode: Tally.means and status_counts, predict_ms."""
     tally, timer = Tally(), StepTimer(device.torch)
     model.eval()
-    for index in torch.arange(len(split), device=split.y.device).split(batch):
-        x, y = data.batch(split, index)
+    for x, y in data.batches(split, batch):
         x = device.images(x)
         timer.start()
         with device.autocast():
@@ -45,8 +44,7 @@ def accuracy_within(model: Classifier, data: Data, split: Split, batch: int, dev
     """Test accuracy when the layer may apply its cell only so many times; 0 = the head on the start alone."""
     model.eval()
     correct = dict.fromkeys(steps, 0)
-    for index in torch.arange(len(split), device=split.y.device).split(batch):
-        x, y = data.batch(split, index)
+    for x, y in data.batches(split, batch):
         x = device.images(x)
         with device.autocast():
             for k in steps:

@@ -4,12 +4,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..clock import StepTimer, summary
 from ..data import Data
@@ -81,7 +79,6 @@ class Fit:
         self.total = recipe.total_steps(len(data.train))
         self.at = Progress()
         self.saved_step = -1
-        self._generator = torch.Generator(device.torch)
         self._fetch = StepTimer(device.torch)
 
     def resume(self, say: Callable[[str], None]) -> int | None:
@@ -131,29 +128,31 @@ class Fit:
         last_save = time.perf_counter()
         began, first, saving = last_save, step.taken, 0.0
         steps = min(self.steps_an_epoch - at.batch, self.total - step.taken)
-        for _ in range(steps):
-            self._fetch.start()
-            x, y = data.batch(data.train, order[at.batch * B : (at.batch + 1) * B], self._augment(at.epoch, at.batch))
-            x = self.device.images(x)
-            self._fetch.lap("data")
-            task, out = step(x, y)
-            tally.add(task, y, out, step.start_calls)
-            at.batch += 1
-            if at.cold_s is None:
-                at.cold_s = time.perf_counter() - began
-            bar.at(step.taken, lambda: self._live(tally, (time.perf_counter() - began) / (step.taken - first)))
-            if step.taken - first == COLD_STEPS:
-                self._warn_if_long((time.perf_counter() - began - at.cold_s) / (COLD_STEPS - 1), say)
-            if step.taken % self.log_steps == 0:
-                self._row(_named(tally.means()))
-            if asked():
-                self.save(tally)
-                raise Interrupted
-            if time.perf_counter() - last_save > self.save_s:
-                now = time.perf_counter()
-                self.save(tally)
-                last_save = time.perf_counter()
-                saving += last_save - now
+        stream = data.batches(data.train, B, order, at.batch, at.batch + steps, augment=(self.seed, at.epoch))
+        with closing(stream) as batches:
+            for _ in range(steps):
+                self._fetch.start()
+                x, y = next(batches)
+                x = self.device.images(x)
+                self._fetch.lap("data")
+                task, out = step(x, y)
+                tally.add(task, y, out, step.start_calls)
+                at.batch += 1
+                if at.cold_s is None:
+                    at.cold_s = time.perf_counter() - began
+                bar.at(step.taken, lambda: self._live(tally, (time.perf_counter() - began) / (step.taken - first)))
+                if step.taken - first == COLD_STEPS:
+                    self._warn_if_long((time.perf_counter() - began - at.cold_s) / (COLD_STEPS - 1), say)
+                if step.taken % self.log_steps == 0:
+                    self._row(_named(tally.means()))
+                if asked():
+                    self.save(tally)
+                    raise Interrupted
+                if time.perf_counter() - last_save > self.save_s:
+                    now = time.perf_counter()
+                    self.save(tally)
+                    last_save = time.perf_counter()
+                    saving += last_save - now
         tally.settle()
         whole = steps == min(self.steps_an_epoch, self.total)
         self._close_epoch(tally, bar, time.perf_counter() - began - saving if whole else None)
@@ -190,12 +189,6 @@ class Fit:
         row = {"step": self.step.taken, **row}
         self.jsonl.append(row)
         self.rows(row, self.step.taken)
-
-    def _augment(self, epoch: int, batch: int) -> torch.Generator | None:
-        """A generator whose state is a function of seed, epoch and batch, so that resuming needs nothing saved."""
-        if not (self.data.flip or self.data.pad):
-            return None
-        return self._generator.manual_seed(((self.seed * 100_003 + epoch) * 1_000_003 + batch) % 2**63)
 
     def _collect_times(self) -> None:
         laps = self.step.timer.drain(wait=True)

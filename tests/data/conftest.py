@@ -4,10 +4,13 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import struct
 import subprocess
 import tarfile
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +43,15 @@ class Tiny:
     def __init__(self, name, monkeypatch):
         self.name, rng, known = name, np.random.default_rng(len(name)), files.KNOWN[name]
         self.x = {s: rng.integers(0, 256, (n, *known.shape), np.uint8) for s, n in (("train", 50), ("test", 10))}
-        self.y = {s: rng.integers(0, 10, len(x)).astype(np.uint8) for s, x in self.x.items()}
-        make = self._cifar10 if name == "cifar10" else self._mnist
+        self.y = {s: rng.integers(0, known.classes, len(x)).astype(np.uint8) for s, x in self.x.items()}
+        make = getattr(self, f"_{name}", self._mnist)
         self.content = make(known)
         layouts = []
         for layout in known.layouts:
-            table = {f: (len(c), hashlib.md5(c).hexdigest()) for f, c in self.content[layout.folder].items()}
+            table = {
+                f: (layout.files[f][0] and len(c), hashlib.md5(c).hexdigest())
+                for f, c in self.content[layout.folder].items()
+            }
             layouts.append(replace(layout, files=table))
         self.known = replace(known, n_train=N_TRAIN, n_test=N_TEST, layouts=tuple(layouts))
         monkeypatch.setitem(files.KNOWN, name, self.known)
@@ -69,6 +75,24 @@ class Tiny:
             name: pickle.dumps({b"data": x.copy(), b"labels": y.tolist()}, protocol=2) for name, x, y in self.batches()
         }
         return {known.layouts[0].folder: binary, known.layouts[1].folder: pickles}
+
+    def _cifar100(self, known):
+        files = {
+            split: pickle.dumps(
+                {b"data": x.reshape(-1, 3072), b"fine_labels": self.y[split].tolist(), b"coarse_labels": [0] * len(x)},
+                protocol=2,
+            )
+            for split, x in self.x.items()
+        }
+        return {known.layouts[0].folder: files}
+
+    def _svhn(self, known):
+        savemat, files = pytest.importorskip("scipy.io").savemat, {}
+        for split, x in self.x.items():
+            file, y = io.BytesIO(), self.y[split]
+            savemat(file, {"X": x.transpose(2, 3, 1, 0), "y": np.where(y, y, 10)[:, None]})
+            files[f"{split}_32x32.mat"] = file.getvalue()
+        return {known.layouts[0].folder: files}
 
     @property
     def folder(self):
@@ -143,3 +167,46 @@ def no_torchvision(monkeypatch):
 @pytest.fixture
 def make_tar():
     return tar_bytes
+
+
+class Server:
+    """A real HTTP server of ``files`` (name -> content). ``cut``: bytes after which a connection breaks, one for each
+    answer to come; ``ranges``: whether it honours Range; ``requests``: (path, Range) of each."""
+
+    def __init__(self):
+        self.files, self.cut, self.ranges, self.requests = {}, [], True, []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                wanted = self.headers["Range"]
+                outer.requests.append((self.path, wanted))
+                content = outer.files.get(self.path[1:])
+                if content is None:
+                    self.send_error(404)
+                    return
+                start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and outer.ranges else 0
+                if start and start >= len(content):
+                    self.send_error(416)
+                    return
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(content) - start))
+                self.end_headers()
+                self.wfile.write(content[start : start + (outer.cut.pop(0) if outer.cut else len(content))])
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def url(self, file):
+        return f"http://127.0.0.1:{self.http.server_address[1]}/{file}"
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()

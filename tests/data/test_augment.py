@@ -1,10 +1,12 @@
 """Random flips and crops: exactly the legal outcomes, each as often as it should be."""
 
+import collections
 import itertools
 
 import pytest
 import torch
 
+from implicit_bench.data import ensure_torchvision
 from implicit_bench.data.augment import flip_and_crop
 
 
@@ -78,3 +80,20 @@ def test_generator_decides_everything():
     torch.manual_seed(1)
     assert torch.equal(first, flip_and_crop(x, 0.5, 2, generator(3)))
     assert not torch.equal(first, flip_and_crop(x, 0.5, 2, generator(4)))
+
+
+def test_distributed_as_torchvisions_random_crop_and_flip():
+    """Both draw all 2 x 9 outcomes of one image alike: two samples of 3,600, chi-squared against each other."""
+    assert ensure_torchvision()
+    from torchvision.transforms import v2
+
+    image, n = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3), 3600
+    torch.manual_seed(0)
+    transform = v2.Compose([v2.RandomCrop(3, padding=1), v2.RandomHorizontalFlip(0.3)])
+    theirs = torch.stack([transform(image[0]) for _ in range(n)])
+    ours = flip_and_crop(image.expand(n, -1, -1, -1), 0.3, 1, generator())
+    counts = [collections.Counter(map(tuple, x.flatten(1).tolist())) for x in (ours, theirs)]
+    assert counts[0].keys() == counts[1].keys()
+    assert len(counts[0]) == 18
+    chi2 = sum((counts[0][key] - counts[1][key]) ** 2 / (counts[0][key] + counts[1][key]) for key in counts[0])
+    assert chi2 < 40.8  # 17 degrees of freedom, p = 0.001

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from implicit_bench.data import KNOWN, DataCorrupt, DataError, DataMissing, Imag
 from implicit_bench.data.files import OFFICIAL, command_for, read
 from implicit_bench.data.readers import parse_idx
 
-NAMES = ["mnist", "fashion_mnist", "cifar10"]
+NAMES = ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"]
 
 
 def idx(array):
@@ -70,7 +71,9 @@ def test_truncated_long_and_altered_files_are_refused_by_name(tiny, tmp_path, na
     path = small.put(tmp_path)[1]
     whole = path.read_bytes()
     altered = bytes([whole[-1] ^ 1])
-    for content, word in ((whole[:-1], "truncated"), (whole + b"x", "too long"), (whole[:-1] + altered, "corrupt")):
+    unsized = small.known.layouts[0].files[path.name][0] is None  # then only the hash can tell
+    sizes = ("corrupt", "corrupt") if unsized else ("truncated", "too long")
+    for content, word in zip((whole[:-1], whole + b"x", whole[:-1] + altered), (*sizes, "corrupt")):
         path.write_bytes(content)
         for check in (read, verify):
             with pytest.raises(DataCorrupt) as error:
@@ -90,9 +93,10 @@ def test_wrong_hash_is_shown_beside_the_right_one(tiny, tmp_path):
         read("mnist", tmp_path)
 
 
-def test_pickle_is_not_opened_before_its_hash_is_checked(tiny, tmp_path):
-    small = tiny("cifar10")
-    path = small.put(tmp_path, layout=1)[0]
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_pickle_is_not_opened_before_its_hash_is_checked(tiny, tmp_path, name):
+    small = tiny(name)
+    path = small.put(tmp_path, layout=-1)[0]
 
     class Bomb:
         def __reduce__(self):
@@ -101,7 +105,7 @@ def test_pickle_is_not_opened_before_its_hash_is_checked(tiny, tmp_path):
     bomb = pickle.dumps(Bomb())
     path.write_bytes(bomb + bytes(path.stat().st_size - len(bomb)))  # the right size
     with pytest.raises(DataCorrupt, match="md5"):
-        read("cifar10", tmp_path)
+        read(name, tmp_path)
     assert not (tmp_path / "boom").exists()
 
 
@@ -127,7 +131,7 @@ def test_missing_and_incomplete(tiny, tmp_path):
         read("cifar10", tmp_path)
     assert str(error.value) == (
         f"data set 'cifar10' is not in {tmp_path}/; fetch it with "
-            f"`implicit-bench data dataset=cifar10 paths.data={tmp_path}` (139 MB)"
+            f"`implicit-bench data dataset=cifar10 paths.data={tmp_path}` (170 MB)"
     )
     small.put(tmp_path, skip=["data_batch_3.bin"])
     with pytest.raises(DataMissing, match=r"not whole, .*data_batch_3\.bin is missing; fetch it"):
@@ -150,7 +154,7 @@ def test_describe(tiny, tmp_path):
         "folder": str(tmp_path / "MNIST/raw"),
         "files": [],
         "bytes": 0,
-        "download_mb": 11.496804,
+        "download_mb": 11.594722,
     }
     small.put(tmp_path, skip=["t10k-labels-idx1-ubyte"])
     assert describe("mnist", tmp_path)["state"] == "incomplete"
@@ -164,7 +168,9 @@ def test_official_table_is_consistent():
     for name, known in KNOWN.items():
         pixels = np.prod(known.shape)
         binary = known.layouts[0].files
-        if name == "cifar10":
+        if name in ("cifar100", "svhn"):
+            assert [len(digest) for _, digest in binary.values()] == [32, 32]
+        elif name == "cifar10":
             assert [size for size, _ in binary.values()] == [10_000 * (1 + pixels)] * 6
             assert len(known.layouts[1].files) == 6
         elif name != "digits":
@@ -177,3 +183,10 @@ def test_official_table_is_consistent():
 def test_unknown_name_gets_the_nearest():
     with pytest.raises(DataError, match=r"no data set 'cifr10'; nearest: cifar10; there are digits, mnist"):
         read("cifr10", None)
+
+
+def test_svhn_without_scipy_says_what_to_install(tiny, tmp_path, monkeypatch):
+    tiny("svhn").put(tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(DataError, match=r"^SVHN's files need scipy to be read: pip install 'implicit-bench\[data\]'$"):
+        read("svhn", tmp_path)

@@ -156,7 +156,7 @@ def test_config_builds_what_its_name_says(name):
     assert images.name == name
     assert (images.flip, images.pad) == (0, 0)
     assert 0 < images.val_size < KNOWN[name].n_train / 5
-    assert (images.classes, images.shape) == (10, KNOWN[name].shape)
+    assert (images.classes, images.shape) == (KNOWN[name].classes, KNOWN[name].shape)
     assert type(images.mean) is tuple
 
 

