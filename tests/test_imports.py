@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "implicit_bench"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports point down this list. A part may import what is named beside it, itself, and nothing else of ours.
-WORLD = {"clock", "machine", "config", "data", "device", "lock", "log", "record", "terminal"}
+WORLD = {"clock", "machine", "config", "data", "device", "lock", "log", "record", "sync", "terminal"}
 OURS = {
     "core": set(),
     "solvers": {"core"},
@@ -23,7 +23,9 @@ OURS = {
     "data": set(),
     "lock": set(),
     "record": set(),
-    "log": {"record"},
+    "mirror": set(),
+    "log": {"mirror", "record"},
+    "sync": {"lock", "log", "mirror", "record", "terminal"},
     "report": {"record", "terminal"},
     "runs": {"config", "device", "lock", "log", "models", "record", "report", "schema", "terminal", "train"},
     "evaluation": {"core", "models", "report", "runs", "schema", "train", *WORLD},
@@ -39,7 +41,7 @@ OURS = {
     "train": {"core", "adjoints", "models", *WORLD},
     "bench": {"core", "train", "report", *WORLD},
     "cli": {"__init__", "config", "schema", "help", "data", "terminal", "check", "train", "bench", "words",
-            "report", "runs", "evaluation", "plan", "complete", "lock"},
+            "report", "runs", "evaluation", "plan", "complete", "lock", "sync"},
     "__main__": {"cli"},
     "__init__": {"core", "models"},
 }
@@ -155,7 +157,8 @@ def test_what_is_slow_to_import_is_imported_where_it_is_used():
     lazy = {"torchvision", "wandb", "hydra", "omegaconf", "matplotlib", "rich", "torchdiffeq", "PIL"}
     wrong = [f"{i.file}:{i.line} imports {i.name}" for i in IMPORTS if not i.ours and i.name in lazy and not i.inside]
     assert not wrong
-    light = {"cli", "help", "config", "schema", "terminal", "__init__", "__main__", "record", "lock", "log"}
+    light = {"cli", "help", "config", "schema", "terminal", "__init__", "__main__", "record", "lock", "log", "mirror",
+             "sync"}  # fmt: skip
     heavy = {"torch", "core", "models", "testing", "check", "train", "bench", "data", "device", "clock", "machine"}
     wrong = [
         f"{i.file}:{i.line} imports {i.name}" for i in IMPORTS if i.part in light and i.name in heavy and not i.inside

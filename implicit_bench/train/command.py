@@ -124,7 +124,8 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
         rec["data"] = data.facts()
         step = Step(model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
         jsonl = files.enter_context(contextlib.closing(record.Jsonl(folder / "metrics.jsonl")))
-        fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"])
+        fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"],
+                  before_table=sink.hold)  # fmt: skip
         resumed = fit.resume(note)
         if resumed is None:
             jsonl.truncate(0)
