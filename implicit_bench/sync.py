@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from .lock import RunLock, RunLocked
 from .log import Sink, Wandb, leave
 from .mirror import content, key_source, marker, run_name, sweep
-from .record import RecordError, read_jsonl, read_record, scalars
+from .record import RecordError, find, read_jsonl, read_record, scalars
 from .terminal import say
 
 EXIT = {"done": 0, "failed": 1, "interrupted": 130}
@@ -48,6 +48,16 @@ class Resend(Wandb):
         super().finish(exit_code)
         if self.problem and self._thread.is_alive():  # the process is to end with our code, not with the run's
             atexit.register(leave, 1)
+
+
+def named(runs: Path, names: Sequence[str]) -> list[Path]:
+    """The folders of the runs that go by these names; of every run where none is given. Raises RecordError."""
+    if names:
+        return [find(runs, name) for name in names]
+    folders = sorted(path.parent for path in Path(runs).glob("*/record.json"))
+    if not folders:
+        raise RecordError(f"there are no runs in {runs}; paths.runs=DIR says where they are")
+    return folders
 
 
 def sync(folders: Sequence[Path], mode: str = "auto", project: str | None = None, entity: str | None = None,
@@ -85,6 +95,8 @@ def send(folder: Path, mode: str = "auto", project: str | None = None, entity: s
     if mode == "auto":
         mode = "online" if key_source() else "offline"
     record = read_record(folder)
+    if not folder.is_dir():
+        raise SyncError("it is a record without a run's folder, which has the rows that W&B wants")
     try:
         with RunLock(folder):
             if record["status"] == "running":

@@ -12,7 +12,7 @@ from test_log import CONFIG, KEY, fake, inspect  # noqa: F401 (a fixture)
 from test_log import record as new
 
 from implicit_bench import mirror, record
-from implicit_bench.sync import send, sync
+from implicit_bench.sync import named, send, sync
 
 # ------------------------------------------------------------------------------- what the live run wrote, again
 
@@ -223,6 +223,24 @@ def test_what_is_no_run_fails_alone(online, tmp_path, capsys):
     assert len(online.runs) == 1
 
 
+def test_a_record_alone_cannot_be_sent(online, tmp_path, capsys):
+    folder, _ = stored(tmp_path)
+    assert sync([folder / "record.json"]) == 1
+    assert "it is a record without a run's folder" in capsys.readouterr().err
+
+
+def test_runs_by_name_and_all_of_them(tmp_path):
+    runs = tmp_path / "runs"
+    with pytest.raises(record.RecordError, match="there are no runs in"):
+        named(runs, [])
+    (one, _), (two, _) = stored(tmp_path), stored(tmp_path, "bench")
+    (runs / ".sweeps").mkdir()
+    assert named(runs, []) == sorted([one, two])
+    assert named(runs, ["train"]) == [one]
+    with pytest.raises(record.RecordError, match="no run 'other'"):
+        named(runs, ["other"])
+
+
 def test_project_entity_and_group_are_the_runs_own_unless_said(online, tmp_path, monkeypatch):
     folder, rec = stored(tmp_path)
     monkeypatch.setenv("WANDB_PROJECT", "environment")
@@ -247,43 +265,57 @@ def test_a_mode_that_cannot_be(fake, tmp_path, monkeypatch, capsys, mode, said):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Enough of W&B's server to refuse an id, as the real one refuses one that was deleted."""
+    """As much of W&B's server as it takes to send a training, with one id that was deleted there."""
+
+    deleted, seen = "", []
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        query = json.loads(body) if body.startswith(b"{") else {}
+        text, given = query.get("query", ""), query.get("variables") or {}
         code, answer = 200, {"data": {"viewer": {"id": "v", "entity": "e", "username": "u", "flags": "{}"}}}
-        if b"mutation UpsertBucket" in body:
-            message = "run e/p/x was previously created and deleted; try a new run name"
+        if "mutation UpsertBucket" in text and given["name"] == self.deleted:
+            message = f"run e/p/{self.deleted} was previously created and deleted; try a new run name"
             code, answer = 409, {"data": {"upsertBucket": None}, "errors": [{"message": message}]}
+        elif "mutation UpsertBucket" in text:
+            project = {"id": "p", "name": given["project"], "entity": {"id": "e", "name": "e"}}
+            bucket = {"id": "b", "name": given["name"], "displayName": "d", "config": "{}", "project": project}
+            answer = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+        elif "mutation CreateRunFiles" in text:
+            files = [{"name": name, "uploadUrl": f"http://{self.headers['Host']}/up"} for name in given["files"]]
+            answer = {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
+        elif "/file_stream" in self.path:
+            self.seen.append((self.path, query))
+            answer = {"exitcode": None, "limits": {}}
         data = json.dumps(answer).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
-    do_GET = do_POST
+    do_GET = do_PUT = do_POST
 
     def log_message(self, *_): ...
 
 
-def test_the_installed_wandb_says_a_deleted_id_in_words_that_we_know(tmp_path):
-    from implicit_bench.sync import REFUSED
-
+def test_the_installed_wandb_sends_to_a_server_and_takes_another_id_for_one_deleted_there(tmp_path, monkeypatch):
+    folder, rec = stored(tmp_path, status="failed")
+    monkeypatch.setattr(Server, "deleted", rec["run_id"])
+    monkeypatch.setattr(Server, "seen", [])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    folder, _ = stored(tmp_path)
-    code = f"""
-from implicit_bench.sync import Resend
-from implicit_bench.record import read_record
-from pathlib import Path
-folder = Path({str(folder)!r})
-sink = Resend("online", init_timeout=3)
-sink.start(read_record(folder), folder)
-sink.wait(60)
-sink.finish(1)
-print(sink.problem)
-"""
-    environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    said = again(folder)
     server.shutdown()
-    assert REFUSED.search(done.stdout), done.stdout + done.stderr
+    id = f"{rec['run_id']}-2"
+    assert said.startswith(f"sent    {folder.name}: http://127.0.0.1:{server.server_port}/")
+    assert f"as {id}, for {rec['run_id']} was deleted at W&B" in said
+    assert {path for path, _ in Server.seen} == {f"/files/e/implicit-bench/{id}/file_stream"}
+    chunks = [query["files"]["wandb-history.jsonl"] for _, query in Server.seen
+              if "wandb-history.jsonl" in query.get("files", {})]  # fmt: skip
+    rows = [json.loads(line) for chunk in chunks for line in chunk["content"]]
+    assert chunks[0]["offset"] == 0  # in the place of the rows that were there
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [query["exitcode"] for _, query in Server.seen if query.get("complete")] == [1]
+    assert mirror.marker(folder)["id"] == id
