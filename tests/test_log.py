@@ -231,6 +231,7 @@ class Settings:
     def __init__(self, **values):
         unknown = set(values) - set(self.model_fields)
         assert not unknown, unknown
+        vars(self).update(values)
 
 
 @pytest.fixture

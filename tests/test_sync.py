@@ -1,5 +1,6 @@
 """`sync`: real offline runs rebuilt and read back, refusals and repeats against a stand-in for wandb, a real 409."""
 
+import atexit
 import http.server
 import json
 import os
@@ -8,10 +9,12 @@ import sys
 import threading
 
 import pytest
-from test_log import CONFIG, KEY, fake, inspect  # noqa: F401 (a fixture)
+from test_log import KEY, FakeRun, fake, finished, inspect  # noqa: F401 (a fixture)
 from test_log import record as new
 
 from implicit_bench import mirror, record
+from implicit_bench import sync as module
+from implicit_bench.log import Wandb, leave
 from implicit_bench.sync import named, send, sync
 
 # ------------------------------------------------------------------------------- what the live run wrote, again
@@ -149,6 +152,51 @@ def test_offline_does_not_count_as_there_once_it_can_go_online(fake, tmp_path, m
     assert [run.identity["mode"] for run in fake.runs] == ["offline", "online"]
 
 
+def test_an_offline_folder_that_is_gone_is_written_again(fake, tmp_path, monkeypatch):  # noqa: F811
+    folder, _ = stored(tmp_path)
+    place = folder / "wandb" / "offline-run-1"
+    init = fake.init
+
+    def at_place(**identity):
+        run = init(**identity)
+        run.settings.sync_dir = str(place)
+        return run
+
+    fake.init = at_place
+    place.mkdir(parents=True)
+    assert "already there" not in send(folder).text
+    assert "already there" in send(folder).text
+    place.rmdir()
+    assert "already there" not in send(folder).text
+
+
+def test_a_resumed_offline_run_is_not_all_there(fake, tmp_path):  # noqa: F811
+    """Its second offline folder has the rows since it was resumed."""
+    folder, rec = stored(tmp_path)
+    finished(Wandb(), folder, record=rec, resume=True)
+    assert mirror.marker(folder) == {}
+    finished(Wandb(), folder, record=rec)
+    assert mirror.marker(folder)["state"] == "offline"
+
+
+def test_an_upload_that_does_not_end_is_no_success_nor_does_it_hang(online, tmp_path, capsys, monkeypatch):
+    """Wandb itself says so by an exception where it can; where it hangs, the process still ends, with code 1."""
+    fields = dict.fromkeys(("mode", "silent", "quiet", "finish_timeout_raises"))
+    monkeypatch.setattr(online.Settings, "model_fields", fields)
+    leaves = []
+    monkeypatch.setattr(atexit, "register", lambda *call: leaves.append(call))
+    monkeypatch.setattr(module, "UPLOAD_S", -9.9)  # init_timeout is 10
+    ended = threading.Event()
+    monkeypatch.setattr(FakeRun, "finish", lambda run, code: ended.wait(20))
+    folder, _ = stored(tmp_path)
+    assert sync([folder]) == 1
+    ended.set()
+    [thread.join(5) for thread in threading.enumerate() if thread.name == "wandb"]
+    assert "W&B has not finished in time; nothing is lost" in capsys.readouterr().err
+    assert [call[1] for call in leaves if call[0] is leave] == [0, 1]  # the last one comes first
+    assert vars(online.runs[0].identity["settings"])["finish_timeout_raises"] is True
+
+
 DELETED = "Timed out while retrying: HTTP 409: run e/p/x was previously created and deleted; try a new run name"
 
 
@@ -167,6 +215,7 @@ def test_an_id_that_was_deleted_there_gets_a_suffix_that_stays(online, tmp_path,
 
     online.init = refuse
     assert sync([folder]) == 0
+    assert "wandb" not in [thread.name for thread in threading.enumerate()]
     id = rec["run_id"] + second
     assert [run.identity["id"] for run in online.runs] == [id]
     assert f"as {id}, for {first} was deleted at W&B, which takes no id back" in capsys.readouterr().out
