@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .mirror import key_source
-from .terminal import say
+from .terminal import progress
 
 NAME = "implicit-bench"
 GIB = 2**30
@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 def examine(runs: Path, data: Path) -> list[Finding]:
     """Look at everything, which takes some four seconds."""
-    say("doctor", "looking around and measuring for a few seconds", err=True)
+    progress("doctor", "looking around and measuring for a few seconds")
     load = _load()
     found = []
     for name, look in [*CHECKS.items(), ("load", lambda *_: load)]:
