@@ -412,9 +412,9 @@ def test_a_default_run_leaves_all_it_promises_and_wandb_can_be_read(tmp_path):
         assert (folder / each).exists(), each
     assert name == f"skip_deq-digits-s0-{rec['run_id']}"
     assert [line.split()[0] for line in out.splitlines() if line[0] != " "] == ["train", "test", "wrote"]
-    offline = re.search(r"^W&B offline \(no key found\); upload later with: wandb sync (\S+)$", err, re.M)[1]
-    epochs = [line.split() for line in err.splitlines() if re.match(r" +\d", line)]
-    assert [line[0] for line in epochs] == ["1", "2"]
+    assert f"\nW&B offline (no key found); upload later with: implicit-bench sync runs/{name}\n" in f"\n{err}"
+    assert re.search(r"^ epoch .*\n +1 .*\n +2 ", err, re.M), "a table of its own, with nothing said within"
+    offline = folder / "wandb" / "latest-run"
 
     def inspect(*options):
         return subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", offline],

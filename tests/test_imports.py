@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "implicit_bench"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports point down this list. A part may import what is named beside it, itself, and nothing else of ours.
-WORLD = {"clock", "machine", "config", "data", "device", "lock", "log", "record", "terminal"}
+WORLD = {"clock", "machine", "config", "data", "device", "lock", "log", "mirror", "record", "sync", "terminal"}
 OURS = {
     "core": set(),
     "solvers": {"core"},
@@ -23,7 +23,10 @@ OURS = {
     "data": {"terminal"},
     "lock": set(),
     "record": set(),
-    "log": {"record"},
+    "mirror": set(),
+    "log": {"mirror", "record"},
+    "sync": {"lock", "log", "mirror", "record", "terminal"},
+    "doctor": {"config", "data", "machine", "mirror", "terminal"},
     "report": {"record", "terminal"},
     "runs": {"config", "device", "lock", "log", "models", "record", "report", "schema", "terminal", "train"},
     "evaluation": {"core", "models", "report", "runs", "schema", "train", *WORLD},
@@ -39,7 +42,7 @@ OURS = {
     "train": {"core", "adjoints", "models", *WORLD},
     "bench": {"core", "train", "report", *WORLD},
     "cli": {"__init__", "config", "schema", "help", "data", "terminal", "check", "train", "bench", "words",
-            "report", "runs", "evaluation", "plan", "complete", "lock"},
+            "report", "runs", "evaluation", "plan", "complete", "lock", "sync", "doctor"},
     "__main__": {"cli"},
     "__init__": {"core", "models"},
 }
@@ -59,6 +62,7 @@ THEIRS = {
     "plan": {"torch"},
     "evaluation": {"torch", "torchvision"},
     "schema": {"torch"},
+    "doctor": {"packaging", "torch", "torchvision"},
     "config": {"hydra", "omegaconf", "torch", "yaml"},
     "terminal": {"rich"},
     "testing": {"torch"},
@@ -155,7 +159,8 @@ def test_what_is_slow_to_import_is_imported_where_it_is_used():
     lazy = {"torchvision", "wandb", "hydra", "omegaconf", "matplotlib", "rich", "torchdiffeq", "PIL", "scipy"}
     wrong = [f"{i.file}:{i.line} imports {i.name}" for i in IMPORTS if not i.ours and i.name in lazy and not i.inside]
     assert not wrong
-    light = {"cli", "help", "config", "schema", "terminal", "__init__", "__main__", "record", "lock", "log"}
+    light = {"cli", "help", "config", "schema", "terminal", "__init__", "__main__", "record", "lock", "log", "mirror",
+             "sync", "doctor"}  # fmt: skip
     heavy = {"torch", "core", "models", "testing", "check", "train", "bench", "data", "device", "clock", "machine"}
     wrong = [
         f"{i.file}:{i.line} imports {i.name}" for i in IMPORTS if i.part in light and i.name in heavy and not i.inside

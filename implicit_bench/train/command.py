@@ -22,6 +22,8 @@ from ..data import Data, DataError
 from ..device import Device
 from ..lock import RunLock
 from ..log import Sink
+from ..mirror import sweep
+from ..sync import replay
 from ..terminal import duration, progress, say, share
 from . import CheckpointError, Fit, Interrupted, NonFinite, Step, accuracy_within, budgets, evaluate
 
@@ -48,7 +50,7 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
     runs = Path(cfg["paths"]["runs"])
     name = record.folder_name(cfg["model"]["name"], job.choices["dataset"], cfg["seed"], run_id)
     folder = record.lookup(runs, run_id) or runs / name
-    if done := _finished(folder, cfg["force"]):
+    if done := _finished(folder, cfg):
         return done
     environment = device.environment()
     parts = config.build(cfg)  # what cannot work is said before anything is written
@@ -63,7 +65,7 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
         raise config.UsageError(str(mistake)) from None
     record.writable("paths.runs", runs)
     with RunLock(folder), _sigterm_as_ctrl_c():
-        if done := _finished(folder, cfg["force"]):
+        if done := _finished(folder, cfg):
             return done
         rec = _begin(job, cfg, folder)
         rec["environment"] = environment
@@ -72,13 +74,18 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
             return _train(parts, data, device, folder, rec, sink, began, files)
 
 
-def _finished(folder: Path, force: bool) -> Outcome | None:
+def _finished(folder: Path, cfg: dict[str, Any]) -> Outcome | None:
     """Asked before the lock, for a look changes nothing, and under it, since another process may just have ended."""
     before = record.read_record(folder) if (folder / "record.json").exists() else None
-    if before is None or before["status"] != "done" or force:
+    if before is None or before["status"] != "done" or cfg["force"]:
         return None
     accuracy = share(before["metrics"]["test_acc"])
     say("train", f"{folder.name} is done: test accuracy {accuracy}; force=true trains it again")
+    if sweep():  # whose agent waits for the metric of a run of its own
+        sink: Sink = config.make(cfg["logger"], "logger")
+        sink.start(before, folder)
+        replay(sink, before, folder)
+        sink.finish(0)
     return Outcome(0, folder, before)
 
 
@@ -125,7 +132,8 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
         rec["data"] = data.facts()
         step = Step(model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
         jsonl = files.enter_context(contextlib.closing(record.Jsonl(folder / "metrics.jsonl")))
-        fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"])
+        fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"],
+                  before_table=sink.hold)  # fmt: skip
         resumed = fit.resume(note)
         if resumed is None:
             jsonl.truncate(0)
