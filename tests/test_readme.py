@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from implicit_bench import config, testing
+from implicit_bench import config, record, testing
 from implicit_bench.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +122,21 @@ def test_what_a_page_adds_works(page, workplace, capsys):
     assert len(page.read_text().splitlines()) < 60
     for call in re.findall(r"`(testing\.check_\w+\(.*?\))`", page.read_text()):
         assert all(eval(call, names)), call
+
+
+def test_a_model_of_ones_own_is_only_a_name(workplace):
+    """As its page says: the same parts spelled out are the same run, and a file named like one of ours is refused."""
+    for file, language, body in blocks(ROOT / "docs/add-a-model.md"):
+        if language == "yaml":
+            (workplace / file).parent.mkdir(parents=True)
+            (workplace / file).write_text(body)
+    (named,) = (path.stem for path in workplace.rglob("model/*.yaml"))
+    parts = ["init=f_zero", "solver=anderson", "adjoint=phantom", "adjoint.steps=3", "penalty=[skip]"]
+    jobs = config.compose_all("train", [[f"model={named}"], parts], ["my-configs"])
+    assert len({record.run_id(job.config) for job in jobs}) == 1
+    next(workplace.rglob("model/*.yaml")).rename(workplace / "my-configs/model/deq.yaml")
+    with pytest.raises(config.UsageError, match="has the name of one of implicit-bench's own"):
+        config.compose("train", [], ["my-configs"])
 
 
 def test_every_other_block_is_looked_at():
