@@ -134,6 +134,12 @@ def test_a_model_of_ones_own_is_only_a_name(workplace):
     parts = ["init=f_zero", "solver=anderson", "adjoint=phantom", "adjoint.steps=3", "penalty=[skip]"]
     jobs = config.compose_all("train", [[f"model={named}"], parts], ["my-configs"])
     assert len({record.run_id(job.config) for job in jobs}) == 1
+    text = next(workplace.rglob("model/*.yaml")).read_text()
+    for line, said in (("field: equilibrium", "says no field"), (f"model: {{name: {named}}}", "has no name")):
+        (workplace / "my-configs/model/partial.yaml").write_text(text.replace(line, ""))
+        with pytest.raises(config.UsageError, match=f"^the model {said}; its file wants a line "):
+            config.compose("train", ["model=partial"], ["my-configs"])
+    (workplace / "my-configs/model/partial.yaml").unlink()
     next(workplace.rglob("model/*.yaml")).rename(workplace / "my-configs/model/deq.yaml")
     with pytest.raises(config.UsageError, match="has the name of one of implicit-bench's own"):
         config.compose("train", [], ["my-configs"])
