@@ -325,6 +325,28 @@ def _runs(args: list[str]) -> int:
     return command(words, [Path(folder) for folder in options["records"]], "-y" in flags)
 
 
+def _doctor(args: list[str]) -> int:
+    words, _, options = plain(args, "doctor", records="runs", data="data")
+    if words:
+        raise UsageError(f"doctor takes no word {words[0]!r}; records=DIR and data=DIR say where to look")
+    from .doctor import examine, report
+    from .report import tables
+
+    found = examine(Path(options["records"][0]), Path(options["data"][0]))
+    tables.show(*report(found))
+    return int(any(finding.state == "bad" for finding in found))
+
+
+def _sync(args: list[str]) -> int:
+    words, flags, options = plain(args, "sync", ("--force", "--offline"), records="runs", project="", entity="")
+    from .sync import named, sync
+
+    folders = [folder for top in options["records"] for folder in named(Path(top), words)]
+    mode = "offline" if "--offline" in flags else "auto"
+    where = {key: (options[key] or [None])[0] or None for key in ("project", "entity")}
+    return sync(folders, mode, **where, force="--force" in flags)
+
+
 def _completion(args: list[str]) -> int:
     from .complete import script
 
@@ -333,5 +355,5 @@ def _completion(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train, "eval": _eval, "bench": _bench, "check": _check, "data": _data, "list": _list, "runs": _runs,
-    "completion": _completion,
+    "sync": _sync, "doctor": _doctor, "completion": _completion,
 }  # fmt: skip

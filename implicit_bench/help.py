@@ -14,6 +14,8 @@ commands
   bench     time several models against each other, interleaved in one process: ratios with intervals
   check     prove a solver, an adjoint or a network of your own on problems with known answers
   data      fetch and verify a data set
+  sync      rebuild runs on Weights & Biases from their records
+  doctor    look at machine and installation; a remedy for everything amiss
   runs      list, compare and remove what has been run
   list      what can be chosen: models, networks, inits, solvers, stops, adjoints, penalties, datasets, ...
   completion  the Tab key in bash, zsh and fish
@@ -151,6 +153,34 @@ examples
   {PROG} runs skip_deq status=done
   {PROG} runs diff last 3fa9c1
   {PROG} runs dataset=mnist records=runs,results format=csv
+""",
+    "sync": f"""{PROG} sync: rebuild runs on Weights & Biases from their records
+
+usage: {PROG} sync [RUN ...] [key=value ...]        every run, if none is named
+
+A run of which W&B has all is left alone; --force sends it again, and replaces what is there. An id that W&B refuses,
+since it was deleted there, gets a suffix: -2, -3, ... Without a key, or with --offline, RUN/wandb/ is written anew and
+the line for `wandb sync` printed. A run that is still going on is left for later.
+
+examples
+  {PROG} sync
+  {PROG} sync last project=my-project entity=my-team
+
+keys (default): records=DIR (runs) · project= (WANDB_PROJECT, else implicit-bench) · entity= (the account's default)
+exit    0 all are there · 1 one that should be is not · 2 usage
+""",
+    "doctor": f"""{PROG} doctor: this machine and this installation, and a remedy for everything amiss
+
+usage: {PROG} doctor [records=DIR] [data=DIR] [format=text|md|csv|json]
+
+Cores, GPU, torch's build, threads, the allocator, GFLOP/s of convolutions and matrix products, free disk, the data sets
+that are there, Weights & Biases, optional extras. Takes some four seconds and changes nothing.
+
+examples
+  {PROG} doctor
+  {PROG} doctor format=json
+
+exit    0 nothing is broken · 1 something is
 """,
     "completion": f"""{PROG} completion: commands, groups, values and runs at the Tab key
 

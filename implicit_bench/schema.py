@@ -71,6 +71,10 @@ def check(config: dict[str, Any]) -> None:
         allow = value if key == "allow_targets" else allow
     for path, node in _components(config):
         _check_component(node, path, allow)
+    if "recipe" in config and "field" not in config:
+        raise UsageError("the model says no field; its file wants a line `field: equilibrium` or `field: ode`")
+    if "recipe" in config and not (isinstance(label := config.get("model"), dict) and label.get("name")):
+        raise UsageError("the model has no name; its file wants a line such as `model: {name: mine}`")
 
 
 def _plain(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
