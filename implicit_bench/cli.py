@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .help import HELP, PROG, USAGE
+from .schema import UsageError, first_line, nearest
 from .words import Words, plain, split
 
 
@@ -50,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _with_manners(name: str, args: list[str]) -> int:
     """-q and format= are about the terminal: no command sees them, and no run's identity."""
     from . import terminal
-    from .schema import UsageError, nearest
 
     formats = [a.partition("=")[2] for a in args if a.startswith("format=")]
     for format in formats:
@@ -66,7 +66,6 @@ def _with_manners(name: str, args: list[str]) -> int:
 def _guarded(run: Callable[[], int]) -> int:
     """An exit code, with one sentence for what is the user's or the machine's doing; the rest is ours, a traceback."""
     from .lock import RunLocked
-    from .schema import UsageError
 
     try:
         if os.getcwd() not in sys.path:  # a user's own modules; console scripts and launchers' workers leave it out
@@ -104,7 +103,6 @@ def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[
     from hydra.errors import HydraException
 
     from .config import config_dir
-    from .schema import UsageError, first_line
 
     logging.raiseExceptions = False  # or --info ... | head prints a traceback a line
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
@@ -284,35 +282,9 @@ def _check(args: list[str]) -> int:
 
 
 def _list(args: list[str]) -> int:
-    from . import terminal
-    from .config import config_dir, plural
-    from .report import tables
-    from .schema import GROUPS, UsageError, nearest
+    from .listing import listing
 
-    words = split(args)
-    if words.flags or words.multirun or words.plan:
-        raise UsageError("list takes no flag but --config-dir")
-    names = {name: group for group in GROUPS for name in (plural(group), group)}
-    for a in words.overrides:
-        if a not in names:
-            options = [plural(group) for group in GROUPS]
-            raise UsageError(f"nothing called {a!r} to list{nearest(a, options, len(options))}")
-    wanted = [names[a] for a in words.overrides] or GROUPS
-    rows = []
-    for group in wanted:
-        folders = [f / group for f in (config_dir(), *map(Path, words.search))]
-        paths = {p.relative_to(f).with_suffix("").as_posix(): p for f in folders for p in f.rglob("*.yaml")}
-        for name, path in sorted(paths.items()):
-            comments = [line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
-            rows.append((group, name, next((c for c in comments if not c.startswith("@")), "")))
-    if terminal.format != "text":
-        tables.show(["group", "name", "about"], rows)
-        return 0
-    for group in wanted:
-        if len(wanted) > 1:
-            print(f"{group}=")
-        print(*(terminal.hanging(f"  {name:<19} ", about) for g, name, about in rows if g == group), sep="\n")
-    return 0
+    return listing(split(args))
 
 
 # -------------------------------------------------------------------------------------- commands of plain words
@@ -329,11 +301,10 @@ def _doctor(args: list[str]) -> int:
     words, _, options = plain(args, "doctor", records="runs", data="data")
     if words:
         raise UsageError(f"doctor takes no word {words[0]!r}; records=DIR and data=DIR say where to look")
-    from .doctor import examine, report
-    from .report import tables
+    from .doctor import examine, show
 
     found = examine(Path(options["records"][0]), Path(options["data"][0]))
-    tables.show(*report(found))
+    show(found)
     return int(any(finding.state == "bad" for finding in found))
 
 
@@ -343,8 +314,8 @@ def _sync(args: list[str]) -> int:
 
     folders = [folder for top in options["records"] for folder in named(Path(top), words)]
     mode = "offline" if "--offline" in flags else "auto"
-    where = {key: (options[key] or [None])[0] or None for key in ("project", "entity")}
-    return sync(folders, mode, **where, force="--force" in flags)
+    project, entity = (options[key][0] or None for key in ("project", "entity"))
+    return sync(folders, mode, project, entity, force="--force" in flags)
 
 
 def _completion(args: list[str]) -> int:

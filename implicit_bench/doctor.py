@@ -18,13 +18,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from . import terminal
 from .mirror import key_source
+from .report import tables
 from .terminal import progress
 
 NAME = "implicit-bench"
 GIB = 2**30
 _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 State = Literal["ok", "warn", "bad"]
+MARKS = {"ok": "✓", "warn": "!", "bad": "✗"}
 
 
 class Finding(NamedTuple):
@@ -48,9 +51,15 @@ def examine(runs: Path, data: Path) -> list[Finding]:
     return found
 
 
-def report(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of a table."""
-    return ["what", "state", "found", "remedy"], [list(finding) for finding in findings]
+def show(findings: Sequence[Finding]) -> None:
+    """A line a finding with its remedy below; as a table in every other format."""
+    if terminal.format != "text":
+        tables.show(["what", "state", "found", "remedy"], [list(finding) for finding in findings])
+        return
+    for name, state, text, remedy in findings:
+        print(terminal.hanging(f" {MARKS[state]} {name:<12} ", text))
+        if remedy:
+            print(terminal.hanging(f"{'':16}→ ", remedy))
 
 
 def _found(name: str, text: str, remedy: str, amiss: bool = True, state: State = "warn") -> Finding:

