@@ -1,4 +1,4 @@
-"""examples/plugin: a user's own network and solver, outside the package, from wherever Python finds them."""
+"""examples/plugin: a user's own network, solver and data set, outside the package, from wherever Python finds them."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 
 PLUGIN = Path(__file__).parent.parent / "examples" / "plugin"
 MINE = ["allow_targets=[my_parts]", "network=contractive", "solver=aitken"]
+ALL = [*MINE, "dataset=gratings"]
 QUICK = ["logger=none", "gpu.threads=1", "recipe.max_steps=3", "recipe.eval_images=50"]
 # What the console script does: the working directory is not on Python's path.
 SCRIPT = "import sys; sys.path.remove(''); from implicit_bench.cli import main; sys.exit(main())"
@@ -49,10 +50,11 @@ def test_check_passes(folder):
 
 
 def test_training_from_its_own_directory(folder):
-    call(folder, "train", *MINE, *QUICK)
+    call(folder, "train", *ALL, *QUICK)
     (rec,) = finished(folder / "runs").values()
     assert rec["config"]["solver"]["_target_"] == "my_parts.Aitken"
     assert rec["config"]["network"]["_target_"] == "my_parts.Contractive"
+    assert rec["data"]["name"] == "Gratings"
     assert rec["steps"] == 3
     assert rec["solve"]["converged_fraction"] == 1.0
     assert list(rec["config"]["sources"]) == ["my_parts"]
@@ -75,14 +77,14 @@ def test_training_from_another_directory_by_pythonpath(folder, tmp_path):
 
 
 def test_a_multirun_and_an_edit(folder):
-    words = ["train", "-m", *MINE, *QUICK, "seed=0,1"]
+    words = ["train", "-m", *ALL, *QUICK, "seed=0,1"]
     call(folder, *words)
     before = finished(folder / "runs")
     assert sorted(before) == [0, 1]
     assert len(re.findall("is done", call(folder, *words))) == 2
     module = folder / "my_parts.py"
     module.write_text(module.read_text().replace("torch.tanh(nnf", "torch.relu(nnf"))
-    call(folder, "train", *MINE, *QUICK, f"paths.runs={folder / 'edited'}")
+    call(folder, "train", *ALL, *QUICK, f"paths.runs={folder / 'edited'}")
     after = finished(folder / "edited")
     assert after[0]["run_id"] != before[0]["run_id"]
     assert after[0]["metrics"]["test_loss"] != before[0]["metrics"]["test_loss"]
@@ -93,10 +95,26 @@ def test_a_multirun_and_an_edit(folder):
     reason="hydra-joblib-launcher is not installed: pip install 'implicit-bench[parallel]'",
 )
 def test_a_multirun_in_the_processes_of_a_launcher(folder):
-    out = call(folder, "train", "-m", *MINE, *QUICK, "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    out = call(folder, "train", "-m", *ALL, *QUICK, "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert sorted(finished(folder / "runs")) == [0, 1], out
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == [
         "README.md", "configs", "my_parts.py", "runs"]  # fmt: skip
+
+
+def test_its_data_set_can_be_learned_looked_at_and_timed(folder):
+    """Four orientations in noise: far from chance after 5 epochs, in train, eval, bench and data alike."""
+    words = ["logger=none", "gpu.threads=1", "recipe.epochs=5"]
+    call(folder, "train", *ALL, *words)
+    (rec,) = finished(folder / "runs").values()
+    assert rec["metrics"]["test_acc"] > 0.6
+    assert (rec["data"]["n_train"], rec["data"]["n_val"], rec["data"]["n_test"]) == (900, 100, 400)
+    refused = call(folder, "eval", "run=last", code=2)
+    assert "to use your own package add 'allow_targets=[my_parts]'" in refused
+    assert "accuracy" in call(folder, "eval", "run=last", MINE[0])
+    call(folder, "bench", MINE[0], "dataset=gratings", "model=deq,explicit", "rounds=2", "logger=none")
+    said = call(folder, "data", MINE[0], "dataset=gratings")
+    assert said == "data    Gratings: 1,000 + 400 images of 1 x 12 x 12, 4 classes\n"
+    assert "contrast=2" in call(folder, "train", *ALL, *words, "dataset.contrast=2", code=2)
 
 
 def test_the_commands_of_its_readme_compose(monkeypatch):

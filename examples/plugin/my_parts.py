@@ -1,7 +1,10 @@
-"""A network and a solver of one's own: nothing here is known to implicit-bench before it reads configs/."""
+"""A network, a solver and a data set of one's own: nothing here is known to implicit-bench before it reads configs/."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from implicit_bench.core import Field, Reduce, Solver, State
+from implicit_bench.data import Dataset, Raw
 
 
 class Context(NamedTuple):
@@ -80,3 +84,31 @@ class Aitken(Solver):
         before, dF = state.F.detach(), (new.F - state.F).detach()  # to adjoint=unroll w is a constant
         secant = -w * reduce.dots(dF.unsqueeze(1), before) / reduce.norm(dF).square()
         return new._replace(mem=secant.nan_to_num(self.damping).clamp(self.least, self.most))
+
+
+class Gratings(Dataset):
+    """Which way do the stripes run? Sine gratings of random phase and wavelength, of four orientations, in noise."""
+
+    shape, classes = (1, 12, 12), 4
+    n_train = 1000
+
+    def __init__(self, val_size: int = 100, contrast: float = 0.5, mean: Sequence[float] | None = None,
+                 std: Sequence[float] | None = None):  # fmt: skip
+        super().__init__(val_size, mean, std)
+        if not 0 < contrast <= 1:
+            raise ValueError(f"dataset.contrast={contrast} must lie between 0 and 1")
+        self.contrast = contrast
+
+    def read(self, root: Path) -> Raw:
+        """Drawn here; images of your own are read from files under `root`, the folder paths.data."""
+        generator = torch.Generator().manual_seed(0)
+        y = torch.arange(1400) % self.classes
+        angle = (y * math.pi / self.classes).view(-1, 1, 1)
+        phase, wavelength = torch.rand(2, len(y), 1, 1, generator=generator)
+        rows, columns = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
+        along = rows * angle.sin() + columns * angle.cos()
+        stripes = torch.sin(2 * math.pi * (along / (3 + 3 * wavelength) + phase))
+        noise = torch.randn(stripes.shape, generator=generator)
+        pixels = 127.5 + 60 * (self.contrast * stripes + (1 - self.contrast) * noise)
+        x = pixels.clamp(0, 255).to(torch.uint8).unsqueeze(1)
+        return Raw(x[:1000], y[:1000], x[1000:], y[1000:])

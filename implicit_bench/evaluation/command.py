@@ -18,7 +18,7 @@ from ..data import Data
 from ..device import Device
 from ..models import Classifier
 from ..report import plots, tables
-from ..runs import Run, restore
+from ..runs import Run, restore, trusted
 from ..schema import UsageError
 from ..terminal import Bar, number, say, share
 from .look import COLUMNS, Forward, allows, blurred, look, noisy, spectral_radius, within
@@ -70,7 +70,7 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
     if not len(split):
         raise UsageError(f"eval.split={settings.split} is empty in this run (dataset.val_size=0); use eval.split=test")
     split = split.first(settings.images)
-    _say_changes(run, data)
+    _say_changes(run, data, trust)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in data.batches(split, settings.batch):
@@ -95,13 +95,14 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
     return 0
 
 
-def _say_changes(run: Run, data: Data) -> None:
+def _say_changes(run: Run, data: Data, trust: Sequence[str]) -> None:
     """What has changed since the run: it is not what was trained that would be looked at."""
     before, now = run.record["data"]["sha256"], data.sha256
     if before is not None and before != now:
         say("note", f"the data set is not the one it was trained on (sha256 {now[:10]}, then {before[:10]})", err=True)
+    sources = schema.sources(trusted(run.config, trust))
     for module, was in (run.config.get("sources") or {}).items():
-        if (is_now := schema.sources(run.config).get(module)) != was:
+        if (is_now := sources.get(module)) != was:
             say("note", f"{module} has been edited since (hash {is_now}, then {was})", err=True)
 
 

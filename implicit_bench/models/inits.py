@@ -49,6 +49,9 @@ class SkipNet(nn.Module):
 
     def __init__(self, network: Network):
         super().__init__()
+        if not hasattr(network, "predictor"):
+            raise ValueError(f"init=skip_net asks the network for predictor(), a Module from x to z0, which "
+                             f"{type(network).__name__} has not; use init=f_zero or init=zero")  # fmt: skip
         self.g = network.predictor()
 
     def forward(self, x: Tensor, f: Field) -> Tensor:

@@ -2,7 +2,7 @@
 
 from .anderson import Anderson
 from .broyden import Broyden
-from .fixed_step import RK4, Euler
+from .fixed_step import RK4, Euler, FixedStep
 from .gmres import gmres
 from .homotopy import Homotopy
 from .picard import Picard
@@ -10,5 +10,5 @@ from .runge_kutta import Bosh3, Dopri5, RungeKutta, Tableau, Tsit5
 from .torchdiffeq import TorchDiffeq
 from .vcab3 import Vcab3
 
-__all__ = ["RK4", "Anderson", "Bosh3", "Broyden", "Dopri5", "Euler", "Homotopy", "Picard", "RungeKutta", "Tableau",
-           "TorchDiffeq", "Tsit5", "Vcab3", "gmres"]  # fmt: skip
+__all__ = ["RK4", "Anderson", "Bosh3", "Broyden", "Dopri5", "Euler", "FixedStep", "Homotopy", "Picard", "RungeKutta",
+           "Tableau", "TorchDiffeq", "Tsit5", "Vcab3", "gmres"]  # fmt: skip

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -44,7 +46,9 @@ def check(run: Callable[..., str]) -> Callable[..., Result]:
                 return Result(name, False, str(fault))
             except Exception as error:
                 said = str(error).strip().partition("\n")[0]
-                return Result(name, False, f"it raised {type(error).__name__}: {said}")
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{Path(at.filename).name}:{at.lineno}, in {at.name}"
+                return Result(name, False, f"it raised {type(error).__name__} ({where}){': ' if said else ''}{said}")
 
     return guarded
 

@@ -50,6 +50,7 @@ class Probe:
 @check
 def shapes(p: Probe) -> str:
     size, net = (4, p.cell.size), p.network
+    require(hasattr(net, "predictor"), "it has no predictor(), the Module from x to z0 (B, D) for init=skip_net")
     for what, got, wanted in (("cell", p.f(p.z, p.x), size), ("head", net.head(p.z), (4, p.classes)),
                               ("predictor", net.predictor().double()(p.x).flatten(1), size)):  # fmt: skip
         require(got.shape == wanted, f"the {what} puts out {tuple(got.shape)}, not {wanted}")
