@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo readme bench-solvers test lint clean
+.PHONY: help setup demo readme bench-solvers choosing docs test lint clean
 help:             ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
@@ -22,6 +22,12 @@ readme: setup     ## rewrite the demo's output in README.md
 bench-solvers: setup  ## solvers and train steps against their floor, torchdeq and torchdiffeq; writes results/
 	@$(PY) scripts/solver_bench.py --save
 
+choosing: setup   ## the figures of docs/choosing.md, about ten minutes
+	@$(PY) scripts/choosing.py
+
+docs: setup       ## the pages as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "wrote   site/index.html"
+
 test: setup       ## the whole test suite
 	@$(PY) -m pytest -n auto --maxprocesses 4
 
@@ -29,4 +35,4 @@ lint: setup       ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m mypy
 
 clean:            ## remove the virtual environment and caches, never runs/ or data/
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist site

@@ -8,17 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["ImplicitLayer", "__version__", "solve"]
+_HOME = {"solve": "core", "ImplicitLayer": "models", "load_run": "runs", "records": "runs"}
+__all__ = ["ImplicitLayer", "__version__", "load_run", "records", "solve"]
 
 
 def __getattr__(name: str) -> Any:
     """Public names load torch only when asked for: `implicit-bench --help` must not."""
-    if name == "solve":
-        from .core import solve
+    if name not in _HOME:
+        raise AttributeError(f"module 'implicit_bench' has no attribute {name!r}")
+    from importlib import import_module
 
-        return solve
-    if name == "ImplicitLayer":
-        from .models import ImplicitLayer
-
-        return ImplicitLayer
-    raise AttributeError(f"module 'implicit_bench' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -20,6 +20,8 @@ def check(job: config.Composed) -> int:
     if idle := [word for head, word in heads.items() if head not in READ]:
         raise UsageError(f"check tries a solver, an adjoint and a network by themselves, so that {idle[0]!r} would "
                          "change nothing; leave it out")  # fmt: skip
+    if "dataset" in heads and heads.keys() & set(KINDS) and "network" not in heads:
+        raise UsageError(f"{heads['dataset']!r} sizes a network, and none is named; add network= or leave it out")
     torch.set_num_threads(1)  # the problems are tiny
     made = {kind: _make(job, kind) for kind in KINDS if kind in heads or not heads.keys() & set(KINDS)}
     return max([_card(f"{kind}={job.choices[kind]}", job.config[kind], *it) for kind, it in made.items()])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .help import HELP, PROG, USAGE
+from .schema import UsageError, first_line, nearest
+from .words import Words, plain, split
 
 
 class JobFailed(Exception):
@@ -28,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG} {__version__}")
         return 0
     name, rest = args[0], args[1:]
+    if name == "complete":  # what a shell asks at each Tab
+        from .complete import complete
+
+        print(*complete(" ".join(rest), COMMANDS), sep="\n")
+        return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f"nearest: {near[0]}" if near else f"there are: {', '.join(COMMANDS)}"
@@ -36,12 +45,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in rest):
         print(HELP[name], end="")
         return 0
-    return _guarded(lambda: COMMANDS[name](rest))
+    return _guarded(lambda: _with_manners(name, rest))
+
+
+def _with_manners(name: str, args: list[str]) -> int:
+    """-q and format= are about the terminal: no command sees them, and no run's identity."""
+    from . import terminal
+
+    formats = [a.partition("=")[2] for a in args if a.startswith("format=")]
+    for format in formats:
+        if format not in terminal.FORMATS:
+            raise UsageError(f"no format {format!r}{nearest(format, terminal.FORMATS)}")
+    rest = [a for a in args if a not in ("-q", "--quiet") and not a.startswith("format=")]
+    if formats and name == "train" and "plan=true" not in rest:
+        raise UsageError("train prints no table to format; its figures are in record.json, and runs format=csv has all")
+    with terminal.manners("-q" in args or "--quiet" in args, (formats or ["text"])[-1]):
+        return COMMANDS[name](rest)
 
 
 def _guarded(run: Callable[[], int]) -> int:
     """An exit code, with one sentence for what is the user's or the machine's doing; the rest is ours, a traceback."""
-    from .schema import UsageError
+    from .lock import RunLocked
 
     try:
         if os.getcwd() not in sys.path:  # a user's own modules; console scripts and launchers' workers leave it out
@@ -57,11 +81,12 @@ def _guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as problem:
-        return _refuse(f"{problem.filename}: {problem.strerror}" if problem.filename else problem, 1)
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        return _refuse(f"{problem.filename}: {problem.strerror}" if problem.filename else problem, 1 if full else 2)
     except (ValueError, RuntimeError) as problem:
         if not type(problem).__module__.startswith("implicit_bench"):
             raise
-        return _refuse(problem, 1)  # RunLocked, RecordError, DataError: not the words, but the state of things
+        return _refuse(problem, 1 if isinstance(problem, RunLocked) else 2)  # RecordError, DataError, CheckpointError
 
 
 def _refuse(problem: object, code: int) -> int:
@@ -69,52 +94,7 @@ def _refuse(problem: object, code: int) -> int:
     return code
 
 
-# ------------------------------------------------------------------------------------------------------ arguments
-
-
-class Words(NamedTuple):
-    overrides: list[str]
-    search: list[str]  # --config-dir
-    multirun: bool
-    flags: list[str]  # that only Hydra answers: --cfg job, --info searchpath, ...
-
-
-SHOWN = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {  # with the words that may follow; None: none does
-    "--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all"), "--info": SHOWN, "-i": SHOWN,
-    "--package": (), "-p": (), "--resolve": None, "--hydra-help": None,
-}  # fmt: skip
-OURS = ("--multirun", "-m", "--config-dir", "-cd", "--help")
-
-
-def split(args: Sequence[str]) -> Words:
-    from .schema import UsageError, nearest
-
-    overrides: list[str] = []
-    search: list[str] = []
-    flags: list[str] = []
-    multirun = False
-    rest = iter(args)
-    for a in rest:
-        flag, equals, value = a.partition("=")
-        if not a.startswith("-"):
-            overrides.append(a)
-        elif a in ("-m", "--multirun"):
-            multirun = True
-        elif flag in ("-cd", "--config-dir"):
-            search.append(value if equals else next(rest, ""))
-        elif flag not in HYDRA_FLAGS:
-            raise UsageError(f"no flag {flag!r}{nearest(flag, (*OURS, *HYDRA_FLAGS))}")
-        elif (words := HYDRA_FLAGS[flag]) is None:
-            flags.append(a)
-        else:
-            value = value if equals else next(rest, "")
-            if words and value not in words:
-                raise UsageError(f"no {flag} {value!r}{nearest(value, words)}")
-            flags += [flag, value]
-    if len(search) > 1 or "" in search:
-        raise UsageError("--config-dir wants one folder, such as --config-dir my-configs")
-    return Words(overrides, search, multirun, flags)
+# --------------------------------------------------------------------------------------------------------- Hydra
 
 
 def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[[Any], Any]) -> None:
@@ -123,8 +103,8 @@ def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[
     from hydra.errors import HydraException
 
     from .config import config_dir
-    from .schema import UsageError, first_line
 
+    logging.raiseExceptions = False  # or --info ... | head prints a traceback a line
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"{PROG} {command}", *args, *(f"--config-dir={folder}" for folder in words.search)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints tracebacks of its own and exits
@@ -166,6 +146,8 @@ def _train(args: list[str]) -> int:
     words = split(args)
     if words.flags:
         return _show("train", words)
+    if words.plan:
+        return _plan("train", words)
     if words.multirun:
         return _sweep(words)
     job = config.compose("train", words.overrides, words.search)
@@ -174,11 +156,24 @@ def _train(args: list[str]) -> int:
     return train(job, words.overrides).exit_code
 
 
+def _plan(command: str, words: Words) -> int:
+    from . import config
+
+    rows = config.expand(words.overrides, words.search)
+    jobs = config.compose_all(command, rows, words.search)
+    from . import plan
+
+    if command == "train":
+        return plan.plan_training(jobs)
+    return plan.plan_bench(jobs, words.overrides) if command == "bench" else plan.plan_others(command, jobs)
+
+
 def _sweep(words: Words) -> int:
     from . import config
 
     if not any(o.startswith("hydra/sweeper=") for o in words.overrides):  # another sweeper reads ranges its own way
-        config.compose_all("train", config.each_value(words.overrides, words.search), words.search)
+        for job in config.compose_all("train", config.each_value(words.overrides, words.search), words.search):
+            config.make_alone(job.config)
     try:
         _hydra_main("train", words, ["--multirun", *words.overrides], train_task)
     except JobFailed:
@@ -216,6 +211,8 @@ def _bench(args: list[str]) -> int:
     words = split(args)
     if words.flags:
         return _show("bench", words)
+    if words.plan:
+        return _plan("bench", words)
     rows = config.expand(words.overrides, words.search)
     jobs = config.compose_all("bench", rows, words.search)
     from .bench.command import bench
@@ -229,6 +226,8 @@ def _data(args: list[str]) -> int:
     words = split(args)
     if words.flags:
         return _show("data", words)
+    if words.plan:
+        return _plan("data", words)
     rows = config.expand(words.overrides, words.search)
     if named := any(word.partition("=")[0].split(".")[0] == "dataset" for word in words.overrides):
         jobs = config.compose_all("data", rows, words.search)
@@ -246,11 +245,26 @@ def _data(args: list[str]) -> int:
             dataset.fetch(root, lambda line: say("data", line))
             continue
         row = dataset.describe(root)
-        mb = ["?" if n is None else f"{n:,.0f}" if n else "–" for n in (row["bytes"] / 1e6, row["download_mb"])]
-        table.append([job.choices["dataset"], row["state"], *mb, row["folder"], row["how"]])
+        table.append([job.choices["dataset"], row["state"], row["bytes"] / 1e6, row["download_mb"], row["folder"],
+                      row["how"]])  # fmt: skip
     if not named:
-        print(tables.text(["data set", "state", "MB", "to fetch, MB", "folder", "how"], table))
+        mb = dict.fromkeys(("MB", "to fetch, MB"), lambda n: "?" if n is None else f"{n:,.0f}" if n else "–")
+        tables.show(["data set", "state", "MB", "to fetch, MB", "folder", "how"], table, mb, spare=["how", "folder"])
     return 0
+
+
+def _eval(args: list[str]) -> int:
+    from . import config
+
+    words = split(args)
+    if words.flags:
+        return _show("eval", words)
+    if words.plan:
+        return _plan("eval", words)
+    jobs = config.compose_all("eval", config.expand(words.overrides, words.search), words.search)
+    from .evaluation.command import evaluate
+
+    return max([evaluate(job, words.search) for job in jobs])
 
 
 def _check(args: list[str]) -> int:
@@ -259,6 +273,8 @@ def _check(args: list[str]) -> int:
     words = split(args)
     if words.flags:
         return _show("check", words)
+    if words.plan:
+        return _plan("check", words)
     jobs = config.compose_all("check", config.expand(words.overrides, words.search), words.search)
     from .check import check
 
@@ -266,30 +282,49 @@ def _check(args: list[str]) -> int:
 
 
 def _list(args: list[str]) -> int:
-    from .config import config_dir, plural
-    from .schema import GROUPS, UsageError, nearest
+    from .listing import listing
 
-    words = split(args)
-    if words.flags or words.multirun:
-        raise UsageError("list takes no flag but --config-dir")
-    args, folders = words.overrides, [config_dir(), *map(Path, words.search)]
-    names = {name: group for group in GROUPS for name in (plural(group), group)}
-    for a in args:
-        if a not in names:
-            options = [plural(group) for group in GROUPS]
-            raise UsageError(f"nothing called {a!r} to list{nearest(a, options, len(options))}")
-    wanted = [names[a] for a in args] or GROUPS
-    for group in wanted:
-        if len(wanted) > 1:
-            print(f"{group}=")
-        paths = [(path, f / group) for f in folders for path in (f / group).rglob("*.yaml")]
-        found = {path.relative_to(folder).with_suffix("").as_posix(): path for path, folder in paths}
-        for name, path in sorted(found.items()):
-            comments = [line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
-            print(f"  {name:<19} {next((c for c in comments if not c.startswith('@')), '')}")
-    return 0
+    return listing(split(args))
+
+
+# -------------------------------------------------------------------------------------- commands of plain words
+
+
+def _runs(args: list[str]) -> int:
+    from .runs import command
+
+    words, flags, options = plain(args, "runs", ("-y",), records="runs")
+    return command(words, [Path(folder) for folder in options["records"]], "-y" in flags)
+
+
+def _doctor(args: list[str]) -> int:
+    words, _, options = plain(args, "doctor", records="runs", data="data")
+    if words:
+        raise UsageError(f"doctor takes no word {words[0]!r}; records=DIR and data=DIR say where to look")
+    from .doctor import examine, show
+
+    found = examine(Path(options["records"][0]), Path(options["data"][0]))
+    show(found)
+    return int(any(finding.state == "bad" for finding in found))
+
+
+def _sync(args: list[str]) -> int:
+    words, flags, options = plain(args, "sync", ("--force", "--offline"), records="runs", project="", entity="")
+    from .sync import named, sync
+
+    folders = [folder for top in options["records"] for folder in named(Path(top), words)]
+    mode = "offline" if "--offline" in flags else "auto"
+    project, entity = (options[key][0] or None for key in ("project", "entity"))
+    return sync(folders, mode, project, entity, force="--force" in flags)
+
+
+def _completion(args: list[str]) -> int:
+    from .complete import script
+
+    return script(args)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "bench": _bench, "check": _check, "data": _data, "list": _list
+    "train": _train, "eval": _eval, "bench": _bench, "check": _check, "data": _data, "list": _list, "runs": _runs,
+    "sync": _sync, "doctor": _doctor, "completion": _completion,
 }  # fmt: skip

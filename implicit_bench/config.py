@@ -63,7 +63,10 @@ def _axes(overrides: Sequence[str], search: Sequence[str]) -> list[list[str]]:
             elif not o.is_discrete_sweep():
                 raise UsageError(f"{o.input_line!r} has no list of values; write them, or range(start,stop,step)")
             else:
-                axes.append([f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()])
+                try:
+                    axes.append([f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()])
+                except ValueError as error:
+                    raise UsageError(f"{o.input_line!r} cannot be read as values: {first_line(error)}") from None
             if not axes[-1]:
                 raise UsageError(f"{o.input_line!r} names no value")
         return axes
@@ -176,12 +179,15 @@ def plural(group: str) -> str:
 def _check_word(o: Any) -> None:
     """Refuse what Hydra would take in silence, or refuse in several lines."""
     name, shown = o.key_or_group, o.input_line.partition("=")[2]
+    if name == "penalty" and o.is_sweep_override() and o.is_choice_sweep():
+        raise UsageError(f"{o.input_line!r} names several values: penalty=[{shown}] is all of them together, -m is one "
+                         "run each")  # fmt: skip
     if o.is_sweep_override():
         raise UsageError(f"{o.input_line!r} names several values: add -m for one run each, or quote a comma")
     if o.is_delete():
         raise UsageError(f"cannot leave {name!r} out; write {name}=value")
     options = _options(name)
-    if (name not in (*GROUPS, "tune") and not options) or isinstance(o.value(), dict):
+    if name not in (*GROUPS, "tune") and not options:
         return
     if o.is_add():
         raise UsageError(f"{name} is there already; write {name}={shown} without a plus sign")
@@ -253,6 +259,15 @@ def make(node: dict[str, Any], path: str, **given: Any) -> Any:
         if isinstance(cause, ValueError):
             raise UsageError(first_line(cause)) from None
         raise UsageError(f"cannot make {path}: {first_line(cause or error)}") from None
+
+
+def make_alone(cfg: dict[str, Any]) -> None:
+    """Every component that can be made without the others: a value out of its range is found before a sweep begins.
+    Parts that do not go together are left to their job: the rest of the sweep may still be wanted."""
+    for name in ("gpu", "dataset", "solver", "stop", "adjoint", "recipe"):
+        make(cfg[name], name)
+    for name, node in cfg["penalty"].items():
+        make(node, f"penalty.{name}")
 
 
 @dataclass

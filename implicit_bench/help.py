@@ -10,10 +10,15 @@ usage: {PROG} COMMAND [key=value ...]
 
 commands
   train     train one model, evaluate it, leave a complete record; the same command continues an unfinished run
+  eval      look closely at a trained run: accuracy by budget and under noise, solves, spectral radius, pictures
   bench     time several models against each other, interleaved in one process: ratios with intervals
   check     prove a solver, an adjoint or a network of your own on problems with known answers
   data      fetch and verify a data set
+  sync      rebuild runs on Weights & Biases from their records
+  doctor    look at machine and installation; a remedy for everything amiss
+  runs      list, compare and remove what has been run
   list      what can be chosen: models, networks, inits, solvers, stops, adjoints, penalties, datasets, ...
+  completion  the Tab key in bash, zsh and fish
 
 examples
   {PROG} train model=skip_deq                             on the embedded digits, ten seconds
@@ -29,6 +34,8 @@ everyday keys (default)
   stop.tol=X (0.01)         recipe.epochs=N (20)        recipe.batch=N (32)     recipe.lr=X (0.001)
   gpu=auto|cpu|cuda (auto)  gpu.dtype=float32|float64|bfloat16 (float32)        force=true (false) runs a done run again
   paths.runs=DIR (runs)     paths.data=DIR (data)       logger=wandb|none (wandb, offline without a key)
+
+  plan=true  what would run, and for how long            -q no progress               format=text|md|csv|json of tables
 
 `{PROG} COMMAND --help` teaches one command; `--cfg job` after any of the first four prints the configuration.
 """
@@ -58,6 +65,24 @@ keys (default): recipe.epochs (20) recipe.batch (32) recipe.lr (0.001) recipe.cl
 leaves  runs/MODEL-DATASET-sSEED-ID/   record.json, metrics.jsonl, config.yaml, last.pt, wandb/
 exit    0 done or already done · 1 failed · 2 usage · 3 some runs of a sweep failed · 130 interrupted
 flags   --cfg job [--resolve] prints the configuration, --info defaults its sources; --config-dir DIR: yours; -m sweeps
+""",
+    "eval": f"""{PROG} eval: look closely at a trained run
+
+usage: {PROG} eval [run=ID|PREFIX|last] [key=value ...]
+
+Prints accuracy, loss and confusion on a split; quantiles of evaluations and residuals, evaluations of right and wrong
+answers where samples are independent; the spectral radius of df/dz at z*; accuracy when the solver may take only so
+many steps (0: the head on the start alone), under Gaussian noise and under blur. Trains nothing, changes no record.
+
+examples
+  {PROG} eval run=last plot=true
+  {PROG} eval run=skip_deq-digits eval.steps=0,1,2,3,5,8 eval.noise=0.05,0.1 eval.blur=[]
+  {PROG} eval run=last eval.split=val eval.images=1000 format=json
+
+keys (default): run (last) plot (false) eval.split=test|val|train (test) eval.images (null) eval.batch (500)
+  eval.steps ([0,1,2,4,8,16]) eval.noise ([0.1,0.2,0.4]) eval.blur ([0.5,1.0,2.0]) eval.radius_images (100)
+  eval.solvers ([picard,anderson,broyden]) of the plot
+leaves  RUN/eval/   SPLIT.json; with plot=true residual and evaluations as .svg and .png
 """,
     "bench": f"""{PROG} bench: time models against each other, interleaved in one process
 
@@ -111,6 +136,60 @@ A class of your own that derives from implicit_bench.data.Dataset wants a file m
 examples
   {PROG} data dataset=cifar10
   {PROG} data dataset=mnist paths.data=/scratch/data
+""",
+    "runs": f"""{PROG} runs: what has been run
+
+usage: {PROG} runs [FILTER ...]                 every run, the latest last
+       {PROG} runs diff A B                     the settings and the metrics in which two runs differ
+       {PROG} runs rm RUN ... [-y]              removes runs for good; asks before, unless -y
+
+A FILTER is a part of a run's name, or key=value: status=done|failed|interrupted|running|stopped, model=, solver=,
+any setting such as recipe.lr=0.001. A RUN is its id or name, any unique prefix of either, or `last`.
+In Python: from implicit_bench import load_run, records. records() is a DataFrame, load_run("last").model is trained.
+
+keys (default): records=DIR,... (runs) where to look, such as runs,results · format=text|md|csv|json (text)
+
+examples
+  {PROG} runs skip_deq status=done
+  {PROG} runs diff last 3fa9c1
+  {PROG} runs dataset=mnist records=runs,results format=csv
+""",
+    "sync": f"""{PROG} sync: rebuild runs on Weights & Biases from their records
+
+usage: {PROG} sync [RUN ...] [key=value ...]        every run, if none is named
+
+A run of which W&B has all is left alone; --force sends it again, and replaces what is there. An id that W&B refuses,
+since it was deleted there, gets a suffix: -2, -3, ... Without a key, or with --offline, RUN/wandb/ is written anew and
+the line for `wandb sync` printed. A run that is still going on is left for later.
+
+examples
+  {PROG} sync
+  {PROG} sync last project=my-project entity=my-team
+
+keys (default): records=DIR (runs) · project= (WANDB_PROJECT, else implicit-bench) · entity= (the account's default)
+exit    0 all are there · 1 one that should be is not · 2 usage
+""",
+    "doctor": f"""{PROG} doctor: this machine and this installation, and a remedy for everything amiss
+
+usage: {PROG} doctor [records=DIR] [data=DIR] [format=text|md|csv|json]
+
+Cores, GPU, torch's build, threads, the allocator, GFLOP/s of convolutions and matrix products, free disk, the data sets
+that are there, Weights & Biases, optional extras. Takes some four seconds and changes nothing.
+
+examples
+  {PROG} doctor
+  {PROG} doctor format=json
+
+exit    0 nothing is broken · 1 something is
+""",
+    "completion": f"""{PROG} completion: commands, groups, values and runs at the Tab key
+
+usage: {PROG} completion bash|zsh|fish
+
+examples
+  {PROG} completion bash      eval "$(...)" of it in ~/.bashrc
+  {PROG} completion zsh       eval "$(...)" of it in ~/.zshrc, after compinit
+  {PROG} completion fish      | source in ~/.config/fish/config.fish
 """,
     "list": f"""{PROG} list: what can be chosen
 

@@ -88,8 +88,8 @@ def cell_id(config: Mapping[str, Any]) -> str:
 
 def _hash(config: Mapping[str, Any], less: set[str]) -> str:
     kept = {key: value for key, value in config.items() if key not in less}
-    plain = _plain(kept, lambda number: int(number) if number.is_integer() else _spelled(number))
-    text = json.dumps([NUMERICS, plain], sort_keys=True, separators=(",", ":"))
+    values = plain(kept, lambda number: int(number) if number.is_integer() else _spelled(number))
+    text = json.dumps([NUMERICS, values], sort_keys=True, separators=(",", ":"))
     if "${" in text:
         raise ValueError(f"the config still holds an interpolation ({text[text.index('${') :][:40]}); resolve it first")
     return hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -100,12 +100,12 @@ def _spelled(number: float) -> float | str:
     return number if math.isfinite(number) else str(number)
 
 
-def _plain(value: Any, number: Callable[[float], Any] | None = None) -> Any:
+def plain(value: Any, number: Callable[[float], Any] | None = None) -> Any:
     """Values for strict JSON: NaN becomes null (or what `number` says), a tensor its number, an enum its name."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, number) for key, item in value.items()}
+        return {str(key): plain(item, number) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, number) for item in value]
+        return [plain(item, number) for item in value]
     if isinstance(value, (Enum, Path)):
         return value.name if isinstance(value, Enum) else str(value)
     if isinstance(value, float):
@@ -113,7 +113,7 @@ def _plain(value: Any, number: Callable[[float], Any] | None = None) -> Any:
     if value is None or isinstance(value, (str, int)):
         return value
     if hasattr(value, "item"):
-        return _plain(value.item(), number)
+        return plain(value.item(), number)
     raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON cannot hold")
 
 
@@ -123,39 +123,46 @@ def folder_name(model: str, dataset: str, seed: int | None, run_id: str) -> str:
     return "-".join(parts).replace("/", "_")
 
 
-def find(runs_dir: str | Path, text: str) -> Path:
-    """The folder of one run: "last" started, its path, or any unique prefix of its id or of its folder's name."""
+def find(runs_dir: str | Path, text: str, command: str | None = None) -> Path:
+    """The folder of one run (in results/, its record's file): "last" started (by `command`, if it is given), its path,
+    or any unique prefix of its id or of its name."""
     if os.sep in text and (Path(text) / "record.json").is_file():  # a shell's completion writes the path
         return Path(text)
     ids = _ids(Path(runs_dir))
-    if text == "last" and ids:
-        return max(ids, key=_started)
-    exact = [folder for folder, id in ids.items() if text in (folder.name, id)]
-    fits = exact or [folder for folder, id in ids.items() if any(n.startswith(text or "/") for n in (folder.name, id))]
+    if text == "last" and (by := [path for path in ids if command in (None, _peek(path).get("command"))]):
+        return max(by, key=lambda path: started(_peek(path), path))
+    exact = [path for path, id in ids.items() if text in (name_of(path), id)]
+    fits = exact or [path for path, id in ids.items() if any(n.startswith(text or "/") for n in (name_of(path), id))]
     if len(fits) == 1:
         return fits[0]
     if fits:
-        shown = ", ".join(folder.name for folder in fits[:5]) + (", ..." if len(fits) > 5 else "")
+        shown = ", ".join(map(name_of, fits[:5])) + (", ..." if len(fits) > 5 else "")
         raise RecordError(f"{text!r} fits {len(fits)} runs: {shown}; give more letters")
-    near = difflib.get_close_matches(text, [folder.name for folder in ids] + list(ids.values()), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(text, [*map(name_of, ids), *ids.values()], n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}" if near else "implicit-bench runs lists them" if ids else "there are none yet"
     raise RecordError(f"no run {text!r} in {runs_dir}; {hint}")
 
 
 def lookup(runs_dir: str | Path, run_id: str) -> Path | None:
     """The folder that holds this run, whatever labels its name carries: a finished one first, then the latest."""
-    fits = [folder for folder, id in _ids(Path(runs_dir)).items() if id == run_id]
-    return max(fits, key=lambda folder: (_peek(folder).get("status") == "done", _started(folder)), default=None)
+    fits = {path: _peek(path) for path, id in _ids(Path(runs_dir)).items() if id == run_id and path.is_dir()}
+    return max(fits, key=lambda path: (fits[path].get("status") == "done", started(fits[path], path)), default=None)
+
+
+def name_of(path: Path) -> str:
+    """What a run is called: its folder, or in results/ its file NAME.record.json."""
+    return path.name.removesuffix(".record.json")
 
 
 def _ids(runs_dir: Path) -> dict[Path, str]:
-    """Every run folder with its id: the end of its name, else (a folder someone renamed) what its record says."""
+    """Every run with its id: the end of its name, else (a folder someone renamed) what its record says."""
     ids = {}
-    for folder in sorted(runs_dir.iterdir()) if runs_dir.is_dir() else ():
-        if folder.is_dir() and not folder.name.startswith("."):
-            match = re.search(r"-([0-9a-f]{10})$", folder.name)
-            if id := match.group(1) if match else _peek(folder).get("run_id"):
-                ids[folder] = id
+    folders = [path for path in sorted(runs_dir.iterdir()) if path.is_dir()] if runs_dir.is_dir() else []
+    for path in (*folders, *sorted(runs_dir.glob("*.record.json")), *sorted(runs_dir.glob("*/*.record.json"))):
+        if not path.name.startswith((".", "attempt-")):
+            match = re.search(r"-([0-9a-f]{10})$", name_of(path))
+            if id := match.group(1) if match else _peek(path).get("run_id"):
+                ids[path] = id
     return ids
 
 
@@ -167,11 +174,23 @@ def _peek(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _started(folder: Path) -> float:
+def started(record: Mapping[str, Any], path: Path) -> float:
+    """When a run began, in seconds since the epoch; what the file system says where its record does not."""
     try:
-        return datetime.fromisoformat(_peek(folder)["started_at"]).timestamp()
+        return datetime.fromisoformat(record["started_at"]).timestamp()
     except (KeyError, TypeError, ValueError):
-        return folder.stat().st_mtime
+        return path.stat().st_mtime
+
+
+def writable(key: str, folder: Path) -> None:
+    """Make a folder that the user named. Raises RecordError that names the key."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK | os.X_OK) else "no permission to write there"
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+    if reason:
+        raise RecordError(f"{key}={folder} cannot be used ({reason}); name a folder that you can write to")
 
 
 def new_record(command: str, config: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
@@ -202,7 +221,7 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> Path:
     if record.get("status") not in STATUSES:
         raise RecordError(f"a record's status is one of {', '.join(STATUSES)}, not {record.get('status')!r}")
     path = Path(folder, "record.json")
-    text = json.dumps({**_plain(record), "config": _plain(record["config"], _spelled)}, indent=1, allow_nan=False)
+    text = json.dumps({**plain(record), "config": plain(record["config"], _spelled)}, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".record.json.{os.getpid()}.tmp")
     try:
@@ -246,8 +265,15 @@ def records(dirs: Iterable[str | Path]) -> list[dict[str, Any]]:
     for top in map(Path, dirs):
         if not top.exists():
             raise RecordError(f"no folder {top} to read records from")
-        files.update((file.resolve(), None) for file in ([top] if top.is_file() else sorted(top.rglob("*record.json"))))
+        files.update((file.resolve(), None) for file in ([top] if top.is_file() else record_files(top)))
     return [read_record(file) for file in files]
+
+
+def record_files(top: Path) -> Iterator[Path]:
+    """record.json and NAME.record.json below a folder, sorted; W&B's and hidden folders are not looked into."""
+    for folder, below, files in os.walk(top):
+        below[:] = sorted(name for name in below if name != "wandb" and not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(files) if re.search(r"(^|\.)record\.json$", name))
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -276,7 +302,7 @@ class Jsonl:
         self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # drops a line that SIGKILL cut short
 
     def append(self, row: Mapping[str, Any]) -> None:
-        line = memoryview(json.dumps(_plain(row), allow_nan=False).encode() + b"\n")
+        line = memoryview(json.dumps(plain(row), allow_nan=False).encode() + b"\n")
         start = os.fstat(self._file.fileno()).st_size
         try:
             while line:

@@ -23,7 +23,10 @@ PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type,
     "seed": (int, 0), "force": (bool, 0), "field": (Literal["equilibrium", "ode"], 0), "allow_targets": (list[str], 0),
     "progress.log_steps": (int, 1), "progress.save_s": (float, 0), "paths.runs": (str, 0), "paths.data": (str, 0),
     "loader.workers": (int | Literal["auto"], 0),
-    "rounds": (Any, 0), "time": (Any, 0),  # bench says more about these two than a type could
+    "run": (str, 0), "plot": (bool, 0), "eval.split": (Literal["train", "val", "test"], 0),
+    "eval.images": (int | None, 0), "eval.batch": (int, 1), "eval.steps": (list[int], 0),
+    "eval.noise": (list[float], 0), "eval.blur": (list[float], 0), "eval.solvers": (list[str], 0),
+    "eval.radius_images": (int, 0), "rounds": (Any, 0), "time": (Any, 0),  # bench says more of these two than a type
 }  # fmt: skip
 
 
@@ -33,7 +36,7 @@ class UsageError(Exception):
 
 def nearest(word: str, options: Sequence[str], most: int = 12) -> str:
     """`; nearest: x`, or the options themselves when nothing is near and they are not too many."""
-    near = difflib.get_close_matches(word.lower(), options, 1, 0.5)
+    near = difflib.get_close_matches(word, options, 1, 0.5) or difflib.get_close_matches(word.lower(), options, 1, 0.5)
     if near:
         return f"; nearest: {near[0]}"
     return f"; there are: {', '.join(options)}" if 0 < len(options) <= most else ""
@@ -42,6 +45,11 @@ def nearest(word: str, options: Sequence[str], most: int = 12) -> str:
 def no_key(key: str, known: Sequence[str]) -> str:
     """`epochs` is recipe.epochs; else the nearest."""
     known = [k for k in known if not k.endswith("_target_")]
+    head, dot, leaf = key.rpartition(".")
+    beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == head]
+    if dot and beside:
+        near = difflib.get_close_matches(leaf, beside, 1, 0.5)  # of what stands beside it: the head is right
+        return f"no key {key!r}; " + (f"nearest: {head}.{near[0]}" if near else f"{head} has {', '.join(beside)}")
     ends = [k for k in known if k.endswith(f".{key}")]
     return f"no key {key!r}" + (f"; nearest: {', '.join(ends[:3])}" if ends else nearest(key, known))
 
@@ -63,6 +71,10 @@ def check(config: dict[str, Any]) -> None:
         allow = value if key == "allow_targets" else allow
     for path, node in _components(config):
         _check_component(node, path, allow)
+    if "recipe" in config and "field" not in config:
+        raise UsageError("the model says no field; its file wants a line `field: equilibrium` or `field: ode`")
+    if "recipe" in config and not (isinstance(label := config.get("model"), dict) and label.get("name")):
+        raise UsageError("the model has no name; its file wants a line such as `model: {name: mine}`")
 
 
 def _plain(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -105,6 +117,8 @@ def _check_component(node: dict[str, Any], path: str, allow: Sequence[str]) -> N
         if f"{path}.{key}" not in named and not open_ended:
             raise UsageError(no_key(f"{path}.{key}", named))
         _check_type(f"{path}.{key}", value, hints.get(key, Any))
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UsageError(f"{path}.{key}={value} is too large")
 
 
 def sources(config: dict[str, Any]) -> dict[str, str]:
@@ -140,7 +154,8 @@ def locate(target: Any, path: str, allow: Sequence[str] = ()) -> Any:
         raise UsageError(f"{path}._target_={target!r} cannot be imported: {first_line(error)}") from None
     found = getattr(home, name, None)
     if found is None:
-        raise UsageError(f"{path}._target_={target!r} is not there{nearest(name, dir(home), 0)}")
+        classes = [n for n in dir(home) if inspect.isclass(getattr(home, n))]
+        raise UsageError(f"{path}._target_={target!r} is not there{nearest(name, classes, 0)}")
     if not inspect.isclass(found):
         raise UsageError(f"{path}._target_={target!r} is not a class")
     if not own:

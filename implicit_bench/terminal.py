@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 INDENT = " " * 8
+FORMATS = ("text", "md", "csv", "json")
+QUIET = "IMPLICIT_BENCH_QUIET"  # in the environment, so that a launcher's workers are quiet too
+format = "text"  # of the tables on standard output; any other than text has it to itself
+
+
+@contextlib.contextmanager
+def manners(quiet: bool, tables: str) -> Iterator[None]:
+    """-q and format= of one command."""
+    global format
+    before = format, os.environ.get(QUIET)
+    format = tables
+    if quiet:
+        os.environ[QUIET] = "1"
+    try:
+        yield
+    finally:
+        format = before[0]
+        if quiet:
+            os.environ.pop(QUIET)
+            os.environ.update({} if before[1] is None else {QUIET: before[1]})
+
+
+def progress(label: str, text: str) -> None:
+    """What -q leaves out: where the work stands, on standard error."""
+    if not os.environ.get(QUIET):
+        say(label, text, err=True)
 
 
 def say(label: str, text: str, *, err: bool = False) -> None:
     """`label   text`, the label in eight columns; further lines of the text are indented below it."""
-    stream = sys.stderr if err else sys.stdout
-    first, *rest = text.split("\n")
+    aside = err or format != "text"
+    if aside and not err and os.environ.get(QUIET):
+        return
+    stream = sys.stderr if aside else sys.stdout
+    lines = text.split("\n")
+    if stream.isatty():
+        width = max(40, shutil.get_terminal_size().columns - len(INDENT))
+        lines = [part for line in lines for part in _wrapped(line, width)]
+    first, *rest = lines
     style = label if not _colour(stream) else f"\033[1m{label}\033[0m"
     print(
         f"{style}{' ' * (8 - len(label))}{first}",
@@ -23,6 +59,21 @@ def say(label: str, text: str, *, err: bool = False) -> None:
         file=stream,
         flush=True,
     )
+
+
+def hanging(head: str, text: str) -> str:
+    """`head text`, wrapped on a terminal so that the text keeps its own column."""
+    if not sys.stdout.isatty():
+        return head + text
+    first, *rest = _wrapped(text, max(30, shutil.get_terminal_size().columns - len(head)))
+    return "\n".join([head + first, *(" " * len(head) + line for line in rest)])
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """At spaces only, and only where needed: paths stay whole, columns of spaces as they are."""
+    if len(line) <= width:
+        return [line]
+    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False, drop_whitespace=True) or [line]
 
 
 def _colour(stream: Any) -> bool:
@@ -75,7 +126,8 @@ class Bar:
     def __init__(self, total: int, unit: str, done: int = 0):
         self._progress: Any = None
         self._next = 0.0
-        if sys.stderr.isatty():
+        self._quiet = bool(os.environ.get(QUIET))
+        if sys.stderr.isatty() and not self._quiet:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -94,7 +146,7 @@ class Bar:
     def line(self, text: str) -> None:
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
+        elif not self._quiet:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -94,6 +94,7 @@ def examples(text):
     return [re.split(r"\s{2,}", line.strip())[0] for line in text.splitlines() if line.startswith("  implicit-bench ")]
 
 
+PLAIN_WORDS = ("list", "runs", "sync", "doctor", "completion")  # compose nothing
 EXAMPLES = [line for text in (USAGE, *HELP.values()) for line in examples(text)]
 
 
@@ -107,11 +108,13 @@ def test_examples_compose_and_build(line):
     prog, name, *args = shlex.split(line)
     assert prog == "implicit-bench"
     assert name in COMMANDS
-    words = cli.split(args)
+    if name in PLAIN_WORDS:
+        return
+    words = cli.split([a for a in args if not a.startswith("format=")])
     rows = config.expand(words.overrides)
     assert (len(rows) > 1) == (words.multirun or name == "bench")
     for job in config.compose_all(name, rows):
-        if name != "data":
+        if name not in ("data", "eval"):
             config.build(job.config)
     if beside := re.search(rf"{re.escape(line)}.*\b(\w+) runs;", USAGE):
         assert beside[1] == {9: "nine"}[len(rows)]
@@ -176,7 +179,7 @@ def refused(capsys, *argv, code=2):
 
 def test_unknown_words(capsys):
     assert refused(capsys, "trian") == "no command 'trian'; nearest: train"
-    assert refused(capsys, "xyz") == "no command 'xyz'; there are: train, bench, check, data, list"
+    assert refused(capsys, "xyz") == f"no command 'xyz'; there are: {', '.join(COMMANDS)}"
     assert refused(capsys, "list", "modls") == "nothing called 'modls' to list; nearest: models"
     assert refused(capsys, "list", "models", "--foo").startswith("no flag '--foo'; ")
     assert refused(capsys, "list", "models", "-m") == "list takes no flag but --config-dir"
@@ -189,8 +192,8 @@ def test_unknown_words(capsys):
 def test_what_the_machine_refuses_is_a_sentence_too(tmp_path, capsys):
     (tmp_path / "file").touch()
     for words in (["train"], ["train", "-m"], ["bench", "model=deq,cdeq"]):
-        sentence = refused(capsys, *words, f"paths.runs={tmp_path}/file/runs", "logger=none", code=1)
-        assert re.fullmatch(rf"{tmp_path}/file/runs\S*: Not a directory", sentence)
+        sentence = refused(capsys, *words, f"paths.runs={tmp_path}/file/runs", "logger=none")
+        assert re.search(rf"{tmp_path}/file/runs\S*.*Not a directory", sentence)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
@@ -286,7 +289,7 @@ def test_a_sweep_runs_each_job_here_and_skips_finished_ones(tmp_path, monkeypatc
     ("axis", "said"),
     [
         ("recipe.lr=1e30,1e-3", r"failed  deq-digits-s0-\w+: the loss .* was not finite at step \d; lower recipe.lr"),
-        ("solver=torchdiffeq/dopri5,anderson", "implicit-bench: solver=TorchDiffeq integrates to an end time and "),
+        ("solver=torchdiffeq/dopri5,anderson", "implicit-bench: solver=torchdiffeq/dopri5 integrates to an end time and "),
     ],
 )
 def test_a_job_that_fails_stops_no_other_and_the_exit_code_is_3(axis, said, tmp_path, monkeypatch, capsys):
@@ -409,9 +412,9 @@ def test_a_default_run_leaves_all_it_promises_and_wandb_can_be_read(tmp_path):
         assert (folder / each).exists(), each
     assert name == f"skip_deq-digits-s0-{rec['run_id']}"
     assert [line.split()[0] for line in out.splitlines() if line[0] != " "] == ["train", "test", "wrote"]
-    offline = re.search(r"^W&B offline \(no key found\); upload later with: wandb sync (\S+)$", err, re.M)[1]
-    epochs = [line.split() for line in err.splitlines() if re.match(r" +\d", line)]
-    assert [line[0] for line in epochs] == ["1", "2"]
+    assert f"\nW&B offline (no key found); upload later with: implicit-bench sync runs/{name}\n" in f"\n{err}"
+    assert re.search(r"^ epoch .*\n +1 .*\n +2 ", err, re.M), "a table of its own, with nothing said within"
+    offline = folder / "wandb" / "latest-run"
 
     def inspect(*options):
         return subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", offline],

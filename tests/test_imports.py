@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "implicit_bench"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports point down this list. A part may import what is named beside it, itself, and nothing else of ours.
-WORLD = {"clock", "machine", "config", "data", "device", "lock", "log", "record", "terminal"}
+WORLD = {"clock", "machine", "config", "data", "device", "lock", "log", "mirror", "record", "sync", "terminal"}
 OURS = {
     "core": set(),
     "solvers": {"core"},
@@ -23,8 +23,17 @@ OURS = {
     "data": {"terminal"},
     "lock": set(),
     "record": set(),
-    "log": {"record"},
-    "report": {"record"},
+    "mirror": set(),
+    "log": {"mirror", "record"},
+    "sync": {"lock", "log", "mirror", "record", "terminal"},
+    "doctor": {"config", "data", "machine", "mirror", "report", "terminal"},
+    "report": {"record", "terminal"},
+    "runs": {"config", "device", "lock", "log", "models", "record", "report", "schema", "terminal", "train"},
+    "evaluation": {"core", "models", "report", "runs", "schema", "train", *WORLD},
+    "words": {"schema"},
+    "listing": {"config", "report", "schema", "terminal", "words"},
+    "complete": {"config", "schema", "terminal"},
+    "plan": {"bench", "report", "train", *WORLD},
     "schema": set(),
     "config": {"schema", "models"},
     "terminal": set(),
@@ -33,7 +42,8 @@ OURS = {
     "check": {"config", "schema", "terminal", "testing"},
     "train": {"core", "adjoints", "models", *WORLD},
     "bench": {"core", "train", "report", *WORLD},
-    "cli": {"__init__", "config", "schema", "help", "data", "report", "terminal", "check", "train", "bench"},
+    "cli": {"__init__", "config", "schema", "help", "data", "terminal", "check", "train", "bench", "words",
+            "report", "runs", "evaluation", "plan", "complete", "lock", "sync", "doctor", "listing"},
     "__main__": {"cli"},
     "__init__": {"core", "models"},
 }
@@ -48,7 +58,12 @@ THEIRS = {
     "data": {"torch", "numpy", "PIL", "scipy", "torchvision"},
     "log": {"wandb"},
     "report": {"matplotlib"},
+    "runs": {"pandas"},
+    "complete": {"yaml"},
+    "plan": {"torch"},
+    "evaluation": {"torch", "torchvision"},
     "schema": {"torch"},
+    "doctor": {"packaging", "torch", "torchvision"},
     "config": {"hydra", "omegaconf", "torch", "yaml"},
     "terminal": {"rich"},
     "testing": {"torch"},
@@ -145,7 +160,8 @@ def test_what_is_slow_to_import_is_imported_where_it_is_used():
     lazy = {"torchvision", "wandb", "hydra", "omegaconf", "matplotlib", "rich", "torchdiffeq", "PIL", "scipy"}
     wrong = [f"{i.file}:{i.line} imports {i.name}" for i in IMPORTS if not i.ours and i.name in lazy and not i.inside]
     assert not wrong
-    light = {"cli", "help", "config", "schema", "terminal", "__init__", "__main__", "record", "lock", "log"}
+    light = {"cli", "help", "config", "schema", "terminal", "__init__", "__main__", "record", "lock", "log", "mirror",
+             "sync", "doctor", "words", "listing", "complete"}  # fmt: skip
     heavy = {"torch", "core", "models", "testing", "check", "train", "bench", "data", "device", "clock", "machine"}
     wrong = [
         f"{i.file}:{i.line} imports {i.name}" for i in IMPORTS if i.part in light and i.name in heavy and not i.inside

@@ -123,9 +123,9 @@ def test_an_offline_run_has_every_row_by_step(offline):
 
 def test_it_says_one_line_and_wandb_says_nothing(offline):
     (line,) = offline.err.splitlines()
-    match = re.fullmatch(r"W&B offline \(no key found\); upload later with: wandb sync (\S+)", line)
+    match = re.fullmatch(r"W&B offline \(no key found\); upload later with: implicit-bench sync (\S+)", line)
     assert match
-    assert os.path.samefile(match[1], offline.latest)
+    assert os.path.samefile(match[1], offline.folder)
     assert all(line.startswith(("logged ", "started ")) for line in offline.out.splitlines())
 
 
@@ -163,7 +163,7 @@ def test_a_key_that_cannot_be_checked_goes_offline_in_bounded_time_and_is_writte
     """No network: a closed port on this machine. wandb itself tries for 10 s; the run does not wait for it."""
     _, err, seconds = run(tmp_path / "run", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
     (line,) = err.splitlines()
-    assert re.fullmatch(r"W&B offline \(\w*Error: .*\); upload later with: wandb sync \S+", line)
+    assert re.fullmatch(r"W&B offline \(\w*Error: .*\); upload later with: implicit-bench sync \S+", line)
     assert seconds < 40
     assert '"exit_code": 0' in inspect(tmp_path / "run" / "wandb" / "latest-run", "--summary")
     for path in tmp_path.rglob("*"):
@@ -207,6 +207,7 @@ class FakeRun:
     def __init__(self, fake, **identity):
         self.fake, self.identity, self.rows, self.codes, self.metrics = fake, identity, [], [], {}
         self.url, self.summary = "https://wandb.example/run", {}
+        self.id, self.project = identity["id"] or os.environ.get("WANDB_RUN_ID"), identity["project"]
         self.settings = types.SimpleNamespace(sync_dir="/elsewhere/offline run")
 
     def define_metric(self, name, step_metric):
@@ -230,6 +231,7 @@ class Settings:
     def __init__(self, **values):
         unknown = set(values) - set(self.model_fields)
         assert not unknown, unknown
+        vars(self).update(values)
 
 
 @pytest.fixture
@@ -297,7 +299,7 @@ def test_offline_where_it_is_not(fake, tmp_path, capsys, problem):
     assert len(only.rows) == 3
     (line,) = lines(capsys)
     reason = f"{type(problem).__name__}: {problem}" if problem else "no key found"
-    assert line == f"W&B offline ({reason}); upload later with: wandb sync '/elsewhere/offline run'"
+    assert line == f"W&B offline ({reason}); upload later with: implicit-bench sync {tmp_path}"
 
 
 def test_a_run_that_cannot_go_online_goes_offline(fake, tmp_path, capsys):
@@ -381,6 +383,28 @@ def test_wait_waits_until_it_is_up(fake, tmp_path):
     assert 0.1 < time.monotonic() - began < 5
     assert sink.state == "offline"
     sink.finish()
+
+
+@pytest.mark.parametrize("up_first", [True, False])
+def test_what_is_there_to_say_stands_above_a_table_or_below_it(fake, tmp_path, capsys, up_first):
+    """The W&B thread comes up when it likes."""
+    sink = Wandb()
+    fake.pause.clear()
+    sink.start(record(), tmp_path)
+    if up_first:
+        fake.pause.set()
+        sink.wait(10)
+    sink.hold()
+    print("table", file=sys.stderr)
+    fake.pause.set()
+    sink.wait(10)
+    fake.fail_at = 0
+    sink.log({"a": 1}, 0)
+    print("more of it", file=sys.stderr)
+    sink.finish()
+    said = [line.split(" (")[0] for line in lines(capsys)]
+    above = ["W&B offline"] if up_first else []
+    assert said == [*above, "table", "more of it", *(["W&B offline"] if not above else []), "W&B failed"]
 
 
 def test_its_thread_ends(fake, tmp_path):
@@ -486,6 +510,7 @@ def test_no_sink_has_every_method(tmp_path):
     sink = NoSink()
     sink.start(record(), tmp_path)
     sink.wait(1)
+    sink.hold()
     sink.log({}, 0)
     sink.summary({})
     sink.table("t", [], [])

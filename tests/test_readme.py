@@ -2,12 +2,14 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from implicit_bench import config
+from implicit_bench import config, record, testing
+from implicit_bench.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,11 +28,13 @@ def test_the_snippet_trains():
     assert all(p.grad is not None for p in names["layer"].init.parameters())
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.stem)
-def test_the_snippets_of_every_page_run(page, capsys):
+@pytest.mark.parametrize("page", ["coming-from-torchdeq", "coming-from-torchdiffeq"])
+def test_the_snippets_for_those_who_come_from_elsewhere_run(page, capsys):
     """And say what the page says they say: finite figures, gradients where it takes some."""
     torch.manual_seed(0)
-    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)
+    assert snippets
+    for snippet in snippets:
         names = {}
         exec(snippet, names)
         assert names["solution"].stats.residual.isfinite().all() or names["solution"].status.eq(1).all()
@@ -63,6 +67,103 @@ def test_every_command_composes(command, words):
     given = [w for w in shlex.split(words) if w != "-m"]
     for job in config.expand(given):
         config.compose(command, job)
+
+
+# What a fenced block of a page may be: Python and YAML, each below the name of its file, and lines for a shell.
+BLOCK = re.compile(r"([^\n]*)\n\n```(\w*)\n(.*?)\n```", re.S)
+ADD = sorted(ROOT.glob("docs/add-*.md"))
+
+
+def blocks(page):
+    """(file that the line before names, or None; language; text) of each block, of which none is overlooked."""
+    text = page.read_text()
+    found = [(re.findall(r"`([\w./-]+\.(?:py|yaml))`", before), language, body)
+             for before, language, body in BLOCK.findall(text)]  # fmt: skip
+    assert len(found) == text.count("\n```") / 2
+    return [(names[0] if names else None, language, body) for names, language, body in found]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A working directory from which modules may be imported, and are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", ADD, ids=lambda page: page.stem)
+def test_what_a_page_adds_works(page, workplace, capsys):
+    """Files are written where the page says, its checks pass, all else composes and can be made."""
+    ran, names = [], {"testing": testing}
+    for file, language, body in blocks(page):
+        if language:
+            assert file.endswith({"python": ".py", "yaml": ".yaml"}[language])
+            (workplace / file).parent.mkdir(parents=True, exist_ok=True)
+            (workplace / file).write_text(body + "\n")
+            if language == "python":
+                exec(body, names)
+            continue
+        for line in body.splitlines():
+            program, command, *words = shlex.split(line)
+            assert program == "implicit-bench"
+            ran.append(command)
+            if command in ("check", "list"):
+                assert main([command, *words]) == 0, capsys.readouterr().out
+                continue
+            at = words.index("--config-dir")
+            search, given = [words[at + 1]], words[:at] + words[at + 2 :]
+            for job in config.compose_all(command, config.expand(given, search), search):
+                config.build(job.config)
+    assert len(ran) >= 2
+    assert len(page.read_text().splitlines()) < 60
+    for call in re.findall(r"`(testing\.check_\w+\(.*?\))`", page.read_text()):
+        assert all(eval(call, names)), call
+
+
+def test_a_model_of_ones_own_is_only_a_name(workplace):
+    """As its page says: the same parts spelled out are the same run, and a file named like one of ours is refused."""
+    for file, language, body in blocks(ROOT / "docs/add-a-model.md"):
+        if language == "yaml":
+            (workplace / file).parent.mkdir(parents=True)
+            (workplace / file).write_text(body)
+    (named,) = (path.stem for path in workplace.rglob("model/*.yaml"))
+    parts = ["init=f_zero", "solver=anderson", "adjoint=phantom", "adjoint.steps=3", "penalty=[skip]"]
+    jobs = config.compose_all("train", [[f"model={named}"], parts], ["my-configs"])
+    assert len({record.run_id(job.config) for job in jobs}) == 1
+    text = next(workplace.rglob("model/*.yaml")).read_text()
+    for line, said in (("field: equilibrium", "says no field"), (f"model: {{name: {named}}}", "has no name")):
+        (workplace / "my-configs/model/partial.yaml").write_text(text.replace(line, ""))
+        with pytest.raises(config.UsageError, match=f"^the model {said}; its file wants a line "):
+            config.compose("train", ["model=partial"], ["my-configs"])
+    (workplace / "my-configs/model/partial.yaml").unlink()
+    next(workplace.rglob("model/*.yaml")).rename(workplace / "my-configs/model/deq.yaml")
+    with pytest.raises(config.UsageError, match="has the name of one of implicit-bench's own"):
+        config.compose("train", [], ["my-configs"])
+
+
+def test_every_other_block_is_looked_at():
+    """Shell lines of all pages compose; other languages stand only where a test runs them."""
+    run_elsewhere = {"coming-from-torchdeq", "coming-from-torchdiffeq"}
+    for page in set(ROOT.glob("docs/*.md")) - set(ADD):
+        for _, language, body in blocks(page):
+            if language:
+                assert language == "python", page
+                assert page.stem in run_elsewhere, page
+                continue
+            for line in body.splitlines():
+                program, command, *words = shlex.split(line, comments=True)
+                if program == "make":
+                    assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.M), line
+                elif program == "python":
+                    assert (ROOT / command).is_file(), line
+                else:
+                    assert program == "implicit-bench", line
+                    given = [w for w in words if w != "-m"]
+                    config.compose_all(command, config.expand(given))
 
 
 def test_commands_were_found():

@@ -59,7 +59,7 @@ def reordered(value):
 @settings(max_examples=200, deadline=None)
 def test_id_ignores_key_order_and_survives_the_record_file(config):
     assert run_id(reordered(config)) == run_id(config)
-    written = json.loads(json.dumps(record._plain(config, record._spelled), allow_nan=False))
+    written = json.loads(json.dumps(record.plain(config, record._spelled), allow_nan=False))
     assert run_id(written) == run_id(config)
 
 

@@ -1,8 +1,11 @@
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,3 +38,39 @@ def test_on_gpu_without_a_gpu_says_so(tmp_path):
     ran = run("-o", str(tmp_path))
     assert ran.returncode == 1
     assert "torch sees no CUDA device" in ran.stderr
+
+
+@pytest.fixture(scope="module")
+def choosing():
+    """scripts/choosing.py as a module."""
+    spec = importlib.util.spec_from_file_location("choosing", ROOT / "scripts" / "choosing.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_on_choosing_shows_the_committed_figures(choosing):
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    figures = [json.loads(path.read_text()) for path in ROOT.glob("results/*/choosing.json")]
+    assert page in [choosing.render(page, each) for each in figures]
+
+
+def test_choosing_measures_and_writes_what_it_says(choosing, tmp_path):
+    """Two steps of training: the figures mean nothing, but exact gradients are exact."""
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("how", "adjoint")))
+    argv = [sys.executable, str(ROOT / "scripts" / "choosing.py"), "adjoint", "--epochs", "1", "--seeds", "1",
+            "--rounds", "2", "--page", str(page), "--results", str(tmp_path), "--runs", str(tmp_path / "runs"),
+            "recipe.max_steps=2", "recipe.eval_images=50"]  # fmt: skip
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*/choosing.json")
+    figures = json.loads(file.read_text())
+    adjoints = {row["label"].strip("`"): row for row in figures["tables"]["adjoint"]}
+    assert adjoints["unroll"]["error"] < 1e-4
+    assert adjoints["ift, gmres"]["error"] < 0.02  # its own tolerance
+    assert adjoints["phantom"]["error"] < adjoints["jfb"]["error"] < 1
+    assert adjoints["jfb"]["vjps"] == 1
+    assert adjoints["unroll"]["kept_kib"] > 2 * adjoints["phantom"]["kept_kib"] > 2 * adjoints["jfb"]["kept_kib"]
+    assert page.read_text().count("\n| --- |") == 1
+    assert choosing.render(page.read_text(), figures) == page.read_text()

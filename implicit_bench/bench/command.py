@@ -16,7 +16,7 @@ from ..device import Device
 from ..lock import RunLock
 from ..log import Sink
 from ..report import plots, tables
-from ..terminal import Bar, duration, number, say
+from ..terminal import Bar, duration, number, progress, say
 from .ratios import Comparison, Figures, comparisons
 from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round
 
@@ -25,13 +25,13 @@ FILES = ("record.json", "table.md", "speedup.svg", "metrics.jsonl")
 
 
 def seconds(text: str | int | float | None) -> float | None:
-    """20s, 5m, 1h or a plain number of seconds."""
+    """20s, 5m or 1h, in seconds."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(text))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", str(text))
     if not match or not float(match[1]):
         raise config.UsageError(f"time={text!r} is not a time; write 20s, 5m or 1h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
@@ -41,6 +41,9 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
         raise config.UsageError("bench compares two rows or more; list values, such as model=neural_ode,cdeq")
     first = jobs[0].config
     budget, rounds = seconds(first["time"]), first["rounds"]
+    said = [word for word in words if word.startswith(("rounds=", "time=")) and word != "time=null"]
+    if len(said) > 1:
+        raise config.UsageError(f"{' and '.join(said)} both say when to end; give one of them")
     if budget is None and (not isinstance(rounds, int) or rounds < 1):
         raise config.UsageError(f"rounds={rounds!r} is not possible; write a whole number, 40 or more for an interval")
     devices: list[Device] = [config.make(job.config["gpu"], "gpu") for job in jobs]
@@ -50,16 +53,16 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
     pruned = [{k: v for k, v in c.items() if k not in record.LABELS | {"rounds", "time"}} for c in configs]
     identity = {"rows": pruned, "rounds": rounds if budget is None else None, "time": budget}
     folder = Path(first["paths"]["runs"]) / record.folder_name("bench", dataset, None, record.run_id(identity))
+    environment = devices[0].environment()
+    data = config.make(first["dataset"], "dataset").load(
+        Path(first["paths"]["data"]), devices[0].torch, fetch=lambda line: say("data", line))  # fmt: skip
+    rows = make_rows(jobs, labels(jobs, words), data, devices)
+    record.writable("paths.runs", Path(first["paths"]["runs"]))
     with RunLock(folder):
         attempt = _set_aside(folder)
         rec = record.new_record("bench", identity, attempt=attempt, protocol=jobs[0].choices.get("protocol"),
                                 experiment=jobs[0].choices.get("experiment"))  # fmt: skip
-        rec["environment"] = devices[0].environment()
-        data = config.make(first["dataset"], "dataset").load(
-            Path(first["paths"]["data"]), devices[0].torch, fetch=lambda line: say("data", line))  # fmt: skip
-        rec["data"] = data.facts()
-        names = labels(jobs, words)
-        rows = make_rows(jobs, names, data, devices)
+        rec["environment"], rec["data"] = environment, data.facts()
         sink: Sink = config.make(first["logger"], "logger")
         sink.start(rec, folder)
         sink.wait(30)  # nothing else may run while the clock does
@@ -83,7 +86,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     expected = budget or (rounds or 0) * k * sum(step_ms) * 1.5e-3
     how_long = f"{rounds} rounds" if budget is None else duration(budget)
     plan = f"{len(rows)} rows × {how_long} of {_steps(k)}, about {duration(expected)} from here"
-    say("plan", f"{plan}; Ctrl-C prints what there is", err=True)
+    progress("plan", f"{plan}; Ctrl-C prints what there is")
     before = _prices(rows)
     bar = Bar(rounds or 0, "rounds")
 

@@ -28,7 +28,11 @@ class Row:
             self.model.layer.cell.compile()
         self.recipe = parts.recipe
         self.order = data.order(len(data.train), job.config["seed"], 1)
-        self.step = Step(self.model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
+        try:
+            total = parts.recipe.total_steps(len(data.train))
+        except ValueError as mistake:
+            raise config.UsageError(str(mistake)) from None
+        self.step = Step(self.model, parts.penalties, parts.recipe, device, total)
         self.tally = Tally()
         self.batches = 0
         self.warm: clock.WarmUp | None = None

@@ -78,7 +78,8 @@ class TinyImageNet(Dataset):
                               f"`{command_for(self.name, root)}` ({BYTES / 1e6:.0f} MB)")  # fmt: skip
         try:
             label = {wnid: k for k, wnid in enumerate((folder / "wnids.txt").read_text().split())}
-            train = [(entry.path, k) for wnid, k in label.items() for entry in _below(folder / f"train/{wnid}/images")]
+            own = [(k, folder / "train" / wnid / "images") for wnid, k in label.items()]
+            train = [(entry.path, k) for k, images in own for entry in _below(images)]
             rows = (line.split() for line in (folder / "val/val_annotations.txt").read_text().splitlines())
             test = [(f"{folder}/val/images/{row[0]}", label[row[1]]) for row in rows]
         except (OSError, KeyError, IndexError) as error:

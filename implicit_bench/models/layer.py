@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -58,7 +59,7 @@ class ImplicitLayer(nn.Module):
             raise ValueError("per-sample stopping needs independent samples, but this network uses batch statistics; "
                              "use stop.per_sample=false or network.norm=group")  # fmt: skip
         if wanted is True and isinstance(solver, OwnLoop):
-            raise ValueError(f"stop.per_sample=true is for our own solvers: solver={type(solver).__name__} takes one "
+            raise ValueError(f"stop.per_sample=true is for our own solvers: solver={_called(solver)} takes one "
                              "step size for the whole batch; use solver=tsit5 or stop.per_sample=auto")  # fmt: skip
         self.reduce = Reduce(cell.batch_independent if wanted == "auto" else bool(wanted))
 
@@ -78,7 +79,7 @@ class ImplicitLayer(nn.Module):
         """The layer allowed only so many applications of the cell, at least one."""
         if not self.one_call:
             raise ValueError(
-                f"solver={type(self.solver).__name__} does not make one evaluation a step and cannot be held to "
+                f"solver={_called(self.solver)} does not make one evaluation a step and cannot be held to "
                 f"{steps}; use solver=picard or solver=anderson"
             )
         return self._run(x, self.solver, FixedSteps(steps), self.adjoint)
@@ -129,15 +130,15 @@ class ImplicitLayer(nn.Module):
         return [*(named[name] for name in self._direct[1]), *context]
 
     def _check(self) -> None:
-        name = type(self.solver).__name__
+        name = _called(self.solver)
         is_ode, own_loop = self.field == "ode", isinstance(self.solver, OwnLoop)
         if self.field not in ("equilibrium", "ode"):
             raise ValueError(f"field={self.field!r} must be equilibrium or ode")
         if is_ode and self.stop.needs_equilibrium:
-            raise ValueError(f"stop={type(self.stop).__name__} looks for f(z) = z, but field=ode has no equilibrium "
+            raise ValueError(f"stop={_called(self.stop)} looks for f(z) = z, but field=ode has no equilibrium "
                              "meaning; use stop=end_time or field=equilibrium")  # fmt: skip
         if is_ode and self.adjoint.needs_equilibrium:
-            raise ValueError(f"adjoint={type(self.adjoint).__name__} needs a fixed point, which field=ode does not "
+            raise ValueError(f"adjoint={_called(self.adjoint)} needs a fixed point, which field=ode does not "
                              "have; use adjoint=backsolve or adjoint=unroll")  # fmt: skip
         if own_loop and self.stop.t1 == float("inf"):
             raise ValueError(f"solver={name} integrates to an end time and cannot stop at a residual; use "
@@ -170,6 +171,13 @@ class ImplicitLayer(nn.Module):
             if self.adjoint.checkpoint:
                 raise ValueError("adjoint.checkpoint=true applies cells again in the backward, but untied cells are "
                                  "applied once each, in turn; use adjoint.checkpoint=false")  # fmt: skip
+
+
+def _called(part: Any) -> str:
+    """The name that a part has on the command line: EndTime is end_time."""
+    if isinstance(part, OwnLoop) and hasattr(part, "method"):
+        return f"torchdiffeq/{part.method}"
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(part).__name__).lower()
 
 
 def _used(outputs: list[Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:

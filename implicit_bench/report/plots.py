@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+STYLE: Any = {"svg.hashsalt": "implicit-bench", "font.size": 9}
 
 
 def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], title: str) -> None:
@@ -13,7 +15,7 @@ def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], ti
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.hashsalt": "implicit-bench", "font.size": 9}):
+    with rc_context(STYLE):
         figure: Any = Figure(figsize=(6.75, 0.9 + 0.42 * len(bars)), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
@@ -32,3 +34,59 @@ def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], ti
         axes.set_title(title, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, metadata={"Date": None})
+
+
+def residuals(path: Path, traces: Mapping[str, Any], title: str) -> list[Path]:
+    """Relative residual against solver step: (steps + 1, B) a solver, its median and the band from 10 % to 90 %."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if not traces:
+        return []
+    with rc_context(STYLE):
+        figure: Any = Figure(figsize=(5, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for name, trace in traces.items():
+            filled = trace.clone()
+            for k in range(1, len(filled)):  # a row that has ended stays where it is
+                filled[k] = filled[k].where(filled[k] == filled[k], filled[k - 1])
+            low, middle, high = (filled.nanquantile(q, dim=1).numpy() for q in (0.1, 0.5, 0.9))
+            (line,) = axes.semilogy(range(len(middle)), middle, label=name)
+            axes.fill_between(range(len(middle)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set_xlabel("solver step")
+        axes.set_ylabel("|f(z) - z| / |f(z)|")
+        axes.set_title(title, fontsize=9)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        return _both(figure, path)
+
+
+def most_and_least(path: Path, images: Any, seen: Any, title: str, each: int = 8) -> list[Path]:
+    """The images that took the fewest and the most evaluations, with their labels. images uint8 (N, C, H, W)."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    order = seen.nfe.argsort(stable=True)
+    each = min(each, len(order) // 2)
+    if not each:
+        return []
+    with rc_context(STYLE):
+        figure: Any = Figure(figsize=(0.9 * each, 2.6), layout="constrained")
+        figure.suptitle(f"{title}: fewest evaluations above, most below", fontsize=8)
+        rows = figure.subplots(2, each, squeeze=False)
+        for axes_row, index in zip(rows, (order[:each], order.flip(0)[:each])):
+            for axes, i in zip(axes_row, index.tolist()):
+                image = images[i].permute(1, 2, 0).cpu().numpy()
+                axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray_r")
+                axes.set_axis_off()
+                said = int(seen.predicted[i])
+                mark = f"{int(seen.y[i])}" if said == int(seen.y[i]) else f"{int(seen.y[i])}, said {said}"
+                axes.set_title(f"{int(seen.nfe[i])} f\n{mark}", fontsize=7)
+        return _both(figure, path)
+
+
+def _both(figure: Any, path: Path) -> list[Path]:
+    paths = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
+    figure.savefig(paths[0], metadata={"Date": None})
+    figure.savefig(paths[1], dpi=200)
+    return paths

@@ -1,8 +1,19 @@
-"""Tables as text and Markdown. Reads plain rows; never runs a model."""
+"""Tables as text, Markdown, CSV and JSON. Reads plain rows; never runs a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .. import terminal
+from ..terminal import number
+
+Spell = Mapping[str, Callable[[Any], str]]  # column -> how a value of it is written for a reader
 
 
 def text(columns: Sequence[str], rows: Sequence[Sequence[str]], indent: str = " ") -> str:
@@ -17,3 +28,41 @@ def text(columns: Sequence[str], rows: Sequence[Sequence[str]], indent: str = " 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def show(columns: Sequence[str], rows: Sequence[Sequence[Any]], spell: Spell | None = None,
+         spare: Sequence[str] = ()) -> None:  # fmt: skip
+    """Print a table on standard output in the format that the command was asked for.
+
+    A reader gets values as `spell` writes them, a program (csv, json) the values themselves. On a terminal too narrow
+    for all, the columns of `spare` are left out one by one, and said to be.
+    """
+    format = terminal.format
+    if format == "json":
+        print(json.dumps([dict(zip(columns, row)) for row in rows], indent=1, default=str))
+        return
+    if format == "csv":
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows([columns, *rows])
+        print(lines.getvalue(), end="")
+        return
+    spelled = [[(spell or {}).get(name, _cell)(value) for name, value in zip(columns, row)] for row in rows]
+    if format == "md":
+        print(markdown(columns, spelled), end="")
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for out in range(len(spare) + 1):
+        left_out = spare[:out]
+        keep = [i for i, name in enumerate(columns) if name not in left_out]
+        shown = text([columns[i] for i in keep], [[row[i] for i in keep] for row in spelled])
+        if width is None or max(map(len, shown.splitlines())) <= width:
+            break
+    print(shown)
+    if left_out:
+        print(f" ({', '.join(left_out)}: no room in {width} columns; a wider window or format=md has them)")
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, float):
+        return number(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -56,6 +56,19 @@ def load(folder: Path, device: torch.device, say: Any) -> dict[str, Any] | None:
     return None
 
 
+def put(model: torch.nn.Module, weights: dict[str, Any], folder: Path) -> None:
+    """Load weights into a model. Raises CheckpointError where they are those of another network."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        odd = next(name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name))
+        has, wants = theirs.get(odd, "missing"), ours.get(odd, "nothing by that name")
+        raise CheckpointError(f"the checkpoint in {folder} is another network's ({odd} is {has}, the run's {wants}); "
+                              f"put the run's own there, or delete {folder} to train afresh") from None  # fmt: skip
+
+
 def read(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:

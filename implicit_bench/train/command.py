@@ -22,7 +22,9 @@ from ..data import Data, DataError
 from ..device import Device
 from ..lock import RunLock
 from ..log import Sink
-from ..terminal import duration, say, share
+from ..mirror import sweep
+from ..sync import replay
+from ..terminal import duration, progress, say, share
 from . import CheckpointError, Fit, Interrupted, NonFinite, Step, accuracy_within, budgets, evaluate
 
 SAVED = ("last.pt", "previous.pt")
@@ -36,7 +38,7 @@ class Outcome:
 
 
 def note(text: str) -> None:
-    say("note", text, err=True)
+    progress("note", text)
 
 
 def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
@@ -48,7 +50,7 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
     runs = Path(cfg["paths"]["runs"])
     name = record.folder_name(cfg["model"]["name"], job.choices["dataset"], cfg["seed"], run_id)
     folder = record.lookup(runs, run_id) or runs / name
-    if done := _finished(folder, cfg["force"]):
+    if done := _finished(folder, cfg):
         return done
     environment = device.environment()
     parts = config.build(cfg)  # what cannot work is said before anything is written
@@ -61,8 +63,9 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
         parts.recipe.total_steps(len(data.train))
     except ValueError as mistake:
         raise config.UsageError(str(mistake)) from None
+    record.writable("paths.runs", runs)
     with RunLock(folder), _sigterm_as_ctrl_c():
-        if done := _finished(folder, cfg["force"]):
+        if done := _finished(folder, cfg):
             return done
         rec = _begin(job, cfg, folder)
         rec["environment"] = environment
@@ -71,13 +74,18 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
             return _train(parts, data, device, folder, rec, sink, began, files)
 
 
-def _finished(folder: Path, force: bool) -> Outcome | None:
+def _finished(folder: Path, cfg: dict[str, Any]) -> Outcome | None:
     """Asked before the lock, for a look changes nothing, and under it, since another process may just have ended."""
     before = record.read_record(folder) if (folder / "record.json").exists() else None
-    if before is None or before["status"] != "done" or force:
+    if before is None or before["status"] != "done" or cfg["force"]:
         return None
     accuracy = share(before["metrics"]["test_acc"])
     say("train", f"{folder.name} is done: test accuracy {accuracy}; force=true trains it again")
+    if sweep():  # whose agent waits for the metric of a run of its own
+        sink: Sink = config.make(cfg["logger"], "logger")
+        sink.start(before, folder)
+        replay(sink, before, folder)
+        sink.finish(0)
     return Outcome(0, folder, before)
 
 
@@ -124,7 +132,8 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
         rec["data"] = data.facts()
         step = Step(model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
         jsonl = files.enter_context(contextlib.closing(record.Jsonl(folder / "metrics.jsonl")))
-        fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"])
+        fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"],
+                  before_table=sink.hold)  # fmt: skip
         resumed = fit.resume(note)
         if resumed is None:
             jsonl.truncate(0)
@@ -143,7 +152,9 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
         code = 0
     except (Interrupted, KeyboardInterrupt):
         code = 130
-    except (NonFinite, CheckpointError, DataError) as problem:
+    except CheckpointError:  # nothing has been touched: it is for the user to mend
+        raise
+    except (NonFinite, DataError) as problem:
         error = str(problem)
     except Exception as problem:
         error = f"{type(problem).__name__}: {next(iter(str(problem).strip().splitlines()), '')}"
@@ -216,6 +227,8 @@ def _header(job: config.Composed, folder: Path, rec: dict[str, Any], counts: dic
     shown = [w for w in words if w.split("=")[0] not in ("model", "network", "dataset", "seed")]
     line = " ".join([f"model={c['model']}", *shown, f"network={c['network']}", f"dataset={c['dataset']}",
                      f"seed={rec['config']['seed']}"])  # fmt: skip
+    for remark in remarks(job):
+        say("note", remark, err=True)
     stop = rec["config"]["stop"]
     until = {"residual": f"to residual {stop.get('tol')}", "end_time": f"to t = {stop.get('t1')}",
              "fixed_steps": f"{stop.get('steps')} applications"}.get(c["stop"], c["stop"])  # fmt: skip
@@ -223,6 +236,20 @@ def _header(job: config.Composed, folder: Path, rec: dict[str, Any], counts: dic
     gradient = f"{c['adjoint']} ({linear})" if linear else c["adjoint"]
     how = f"z0 = {c['init']} → {c['solver']} {until} → gradient: {gradient} · {sum(counts.values()):,} parameters"
     say("train", f"{line}      run {folder.name}\n{how}")
+
+
+def remarks(job: config.Composed) -> list[str]:
+    """What is allowed, and may not do what it seems to."""
+    c, found = job.choices, []
+    penalised, stop = "skip" in job.config["penalty"], job.config["stop"]
+    if c["init"] == "skip_net" and not penalised:
+        found.append("init=skip_net learns from penalty=[skip] alone, and it is not there: the predictor never changes")
+    if c["init"] == "zero" and penalised:
+        found.append("penalty=[skip] has no predictor to train with init=zero: it only pulls the solution to zero")
+    if c["adjoint"] in ("ift", "jfb", "phantom") and "t1" in stop:
+        found.append(f"adjoint={c['adjoint']} takes z({stop['t1']:g}) for a fixed point; the residual tells how far "
+                     "off that is")  # fmt: skip
+    return found
 
 
 def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) -> None:
@@ -238,7 +265,8 @@ def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) ->
         if share_done is not None and share_done < record.CONVERGED_ENOUGH:
             bad = {k: n for k, n in test["status_counts"].items() if Status[k] > Status.REACHED_END}
             name = max(bad, key=bad.__getitem__)
-            note(f"{sum(bad.values()):,} test solves did not converge, most of them {name}: {Status[name].advice}")
+            advice = Status[name].advice
+            say("note", f"{sum(bad.values()):,} test solves did not converge, most of them {name}: {advice}", err=True)
         say("wrote", f"{folder}/   record.json · metrics.jsonl · last.pt · {duration(rec['timing']['total_s'])}")
     elif code == 130:
         say("train", f"interrupted at step {rec['steps']:,} and saved; the same command continues it", err=True)

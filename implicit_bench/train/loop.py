@@ -66,15 +66,16 @@ class Progress:
 class Fit:
     """The training loop over one Step: epochs, validation, rows, checkpoints, progress. Resumes bit for bit (CPU).
 
-    rows: called with a dict and the step, for JSONL and for every other sink.
+    rows: called with a dict and the step, for JSONL and for every other sink; before_table: before the table of epochs
+    begins on stderr.
     """
 
     def __init__(self, model: Classifier, step: Step, data: Data, recipe: Recipe, device: Device, seed: int,
                  folder: Path, jsonl: Jsonl, rows: Callable[[dict[str, Any], int], None], log_steps: int,
-                 save_s: float):  # fmt: skip
+                 save_s: float, before_table: Callable[[], None] = lambda: None):  # fmt: skip
         self.model, self.step, self.data, self.recipe, self.device = model, step, data, recipe, device
         self.seed, self.folder, self.jsonl, self.rows = seed, folder, jsonl, rows
-        self.log_steps, self.save_s = log_steps, save_s
+        self.log_steps, self.save_s, self.before_table = log_steps, save_s, before_table
         self.steps_an_epoch = recipe.steps_an_epoch(len(data.train))
         self.total = recipe.total_steps(len(data.train))
         self.at = Progress()
@@ -86,7 +87,7 @@ class Fit:
         found = checkpoint.load(self.folder, self.device.torch, say)
         if found is None:
             return None
-        self.model.load_state_dict(found["model"])
+        checkpoint.put(self.model, found["model"], self.folder)
         self.step.optimizer.load_state_dict(found["optimizer"])
         self.step.schedule.load_state_dict(found["schedule"])
         self.step.taken, self.step.nonfinite = found["step"], found["nonfinite"]
@@ -111,7 +112,7 @@ class Fit:
     def run(self, say: Callable[[str], None]) -> None:
         """Train to the end. Raises Interrupted after saving, NonFinite without."""
         bar = Bar(self.total, "steps", self.step.taken)
-        bar.line(" epoch   loss   val acc   nfe f/b     residual   converged   ms/step")
+        self._headed = False
         try:
             with finishing_on_signals() as asked:
                 while self.step.taken < self.total:
@@ -179,7 +180,12 @@ class Fit:
         nfe = f"{number(train['nfe_forward'])}/{number(train['nfe_backward'])}"
         residual = number(train["residual"], 2)
         done = f"{train['converged_fraction']:.0%}" if "converged_fraction" in train else "–"
-        left = f"{at.epoch:6d} {train['loss']:7.3f}  {share(val.get('acc')):>6}"
+        if not self._headed:  # not sooner, so that what is said while the first epoch runs stands above the table
+            self.before_table()
+            bar.line(" epoch   loss   val acc   nfe f/b     residual   converged   ms/step")
+            self._headed = True
+        loss = f"{train['loss']:.3f}" if train["loss"] < 1e3 else number(train["loss"])
+        left = f"{at.epoch:6d} {loss:>7}  {share(val.get('acc')):>6}"
         bar.line(f"{left}   {nfe:<10}  {residual:>8}   {done:>7}   {number(ms):>9}")
         at.last, at.batch, at.tally = {**row, "solve.status_counts": tally.status_counts()}, 0, {}
         self.save()

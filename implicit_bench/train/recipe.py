@@ -39,7 +39,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "eval_batch", "pretrain_depth", "lr"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"recipe.{name}={getattr(self, name)} must be positive")
         for name in ("weight_decay", "momentum", "lr_min", "pretrain_steps", "gamma"):
             if not getattr(self, name) >= 0:

@@ -8,7 +8,7 @@ import time
 import jobs
 import pytest
 
-from implicit_bench import config, record
+from implicit_bench import config, log, record
 from implicit_bench.lock import RunLock, RunLocked
 from implicit_bench.train import command, loop
 
@@ -236,3 +236,12 @@ def test_a_failing_run_keeps_its_traceback_and_says_where(tmp_path, monkeypatch,
     said = capsys.readouterr().err
     assert "RuntimeError: the disk sang (details in" in said
     assert "Traceback" not in said
+
+
+def test_the_table_begins_with_the_first_epochs_end_and_the_sink_knows(tmp_path, capsys, monkeypatch):
+    """What a sink says while the first epoch runs stands above the table, and nothing within it."""
+    monkeypatch.setattr(log.NoSink, "log", lambda self, row, step: print("row", file=sys.stderr))
+    monkeypatch.setattr(log.NoSink, "hold", lambda self: print("hold", file=sys.stderr))
+    jobs.run(tmp_path, "recipe.epochs=2", "progress.log_steps=39", "length=full")
+    said = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["row", "row", "hold", "epoch", "1", "row", "row", "2"]

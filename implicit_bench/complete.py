@@ -1,0 +1,166 @@
+"""Completion for bash, zsh and fish. A Tab runs `implicit-bench complete LINE`: no torch, no Hydra, under 0.4 s."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .config import config_dir, plural
+from .schema import GROUPS, UsageError, nearest
+from .terminal import FORMATS
+
+SCRIPTS = {
+    "bash": r"""_implicit_bench() {
+    local IFS=$'\n' line=${COMP_LINE:0:COMP_POINT} word before
+    word=${line##* }
+    COMPREPLY=($(implicit-bench complete "$line" 2>/dev/null))
+    if [[ $word == *=* && $COMP_WORDBREAKS == *=* ]]; then  # bash replaces what stands after the last = only
+        before=${word%"${word##*=}"}
+        COMPREPLY=("${COMPREPLY[@]#"$before"}")
+    fi
+    [[ ${COMPREPLY[*]} == *[=.]* && ${#COMPREPLY[@]} -ge 1 && ${COMPREPLY[0]} == *[=.] ]] && compopt -o nospace
+}
+complete -F _implicit_bench implicit-bench
+""",
+    "zsh": r"""#compdef implicit-bench
+_implicit_bench() {
+    local -a found
+    found=("${(@f)$(implicit-bench complete "${BUFFER[1,CURSOR]}" 2>/dev/null)}")
+    compadd -S '' -- ${(M)found:#*[=.]}
+    compadd -- ${found:#*[=.]}
+}
+compdef _implicit_bench implicit-bench
+""",
+    "fish": r"""complete -c implicit-bench -f -a '(implicit-bench complete (commandline -cp) 2>/dev/null)'
+""",
+}
+COMPOSING = {"train": "train", "bench": "bench", "check": "check", "eval": "eval", "data": "data"}
+FLAGS = {"train": ("-m", "--config-dir", "--cfg", "--info", "--resolve"), "runs": ("-y",)}
+STATES = ("done", "failed", "interrupted", "running", "stopped")
+WORDS = {"plan": ("true", "false"), "format": FORMATS, "status": STATES}
+CHOICES = {"eval.split": ("test", "val", "train")}
+
+
+def script(words: Sequence[str]) -> int:
+    """`completion SHELL`: what the shell is to evaluate."""
+    if len(words) != 1 or words[0] not in SCRIPTS:
+        such = f"no completion for {' '.join(words)!r}" if words else "completion wants a shell"
+        raise UsageError(f"{such}{nearest(' '.join(words), list(SCRIPTS))}")
+    print(SCRIPTS[words[0]], end="")
+    return 0
+
+
+def complete(line: str, commands: Iterable[str]) -> list[str]:
+    """What may stand where the line ends; each candidate replaces its last word."""
+    *before, word = line.split(" ")[1:] or [""]
+    before = [b for b in before if b]
+    if not before:
+        return _starting(word, sorted(commands))
+    command, given = before[0], before[1:]
+    return _starting(word, _candidates(command, given, word))
+
+
+def _starting(word: str, candidates: Iterable[str]) -> list[str]:
+    return [c for c in candidates if c.startswith(word)]
+
+
+def _candidates(command: str, given: Sequence[str], word: str) -> list[str]:
+    if word.startswith("-"):
+        return ["--help", "-q", *FLAGS.get(command, FLAGS["train"] if command in COMPOSING else ())]
+    key, equals, value = word.partition("=")
+    if command == "list":
+        return [plural(group) for group in GROUPS] + ["format="] if not equals else _each(key, value, FORMATS)
+    if command == "completion":
+        return list(SCRIPTS)
+    if command in COMPOSING:
+        return _override(command, given, key, bool(equals), value)
+    if equals:
+        return _each(key, value, WORDS.get(key, ()))
+    runs = _runs(given, word) if command == "sync" or given[:1] in (["diff"], ["rm"]) else []
+    return [*runs, *(("diff", "rm", "status=", "records=") if command == "runs" and not given else ()), "format="]
+
+
+def _each(key: str, value: str, options: Iterable[str]) -> list[str]:
+    """key=a,b,OPTION: what stands before the last comma stays."""
+    kept = value[: value.rfind(",") + 1]
+    return [f"{key}={kept}{option}" for option in options if option not in kept.split(",")]
+
+
+def _override(command: str, given: Sequence[str], key: str, equals: bool, value: str) -> list[str]:
+    folders = [config_dir(), *_config_dirs(given)]
+    if not equals:
+        keys = list(_keys(command, given, folders))
+        whole = [k for k in keys if "." not in k] if "." not in key else keys
+        heads = [f"{k.partition('.')[0]}." for k in keys if "." in k] if "." not in key else []
+        return [f"{k}=" for k in whole] + list(dict.fromkeys(heads))
+    if key in WORDS or key in CHOICES:
+        return _each(key, value, WORDS.get(key) or CHOICES[key])
+    if key == "run":
+        return [f"run={name}" for name in (*_runs(given, value), "last")]
+    if key in GROUPS:
+        bracket = "[" if value.startswith("[") else ""
+        return _each(key, value, [f"{bracket}{name}" if "," not in value else name for name in _options(key, folders)])
+    if isinstance(_keys(command, given, folders).get(key), bool):
+        return _each(key, value, ("true", "false"))
+    return []
+
+
+def _config_dirs(given: Sequence[str]) -> list[Path]:
+    found = [w.partition("=")[2] for w in given if w.startswith("--config-dir=")]
+    found += [b for a, b in pairwise(given) if a in ("--config-dir", "-cd")]
+    return [Path(folder) for folder in found]
+
+
+def _options(group: str, folders: Sequence[Path]) -> list[str]:
+    paths = [(path, folder / group) for folder in folders for path in (folder / group).rglob("*.yaml")]
+    return sorted(path.relative_to(top).with_suffix("").as_posix() for path, top in paths)
+
+
+def _keys(command: str, given: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+    """Every key with its default value, the groups' names among them; a group's keys are those of the file chosen on
+    the line, else of all its files."""
+    found: dict[str, Any] = {"plan": False}
+    primary = _yaml(folders[0] / f"{command}.yaml")
+    groups = [g for d in primary.get("defaults", ()) if isinstance(d, dict) for g in d]
+    if "train" in primary.get("defaults", ()):
+        found |= _keys("train", given, folders)
+    found |= {k: v for k, v in _flat(primary).items() if k.partition(".")[0] not in ("defaults", "hydra")}
+    chosen = dict(w.split("=", 1) for w in given if "=" in w)
+    for group in (g for g in groups if g in GROUPS):
+        found[group] = None
+        for name in [chosen[group]] if chosen.get(group) in _options(group, folders) else _options(group, folders):
+            paths = [folder / group / f"{name}.yaml" for folder in folders]
+            content = next((_yaml(p) for p in reversed(paths) if p.exists()), {})
+            flat = _flat(content)
+            if "_target_" in content:
+                found |= {f"{group}.{k}": v for k, v in flat.items() if not k.endswith("_target_")}
+    return found
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        content = yaml.load(path.read_text("utf-8"), loader)
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _runs(given: Sequence[str], word: str) -> list[str]:
+    """Names of runs, or ids where the word begins one."""
+    folders = [w.partition("=")[2] for w in given if w.startswith(("records=", "paths.runs="))] or ["runs"]
+    names = [p.name for folder in folders[0].split(",") if Path(folder).is_dir() for p in sorted(Path(folder).iterdir())
+             if p.is_dir() and not p.name.startswith(".")]  # fmt: skip
+    ids = [name.rpartition("-")[2] for name in names]
+    return [*names, *(id for id in ids if word and id.startswith(word))]

@@ -1,0 +1,222 @@
+"""`implicit-bench eval`: accuracy, solves, budgets, robustness and spectral radius of a trained run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import config, record, schema, terminal
+from ..core import FixedPoint, OwnLoop, Residual, Status, solve
+from ..data import Data
+from ..device import Device
+from ..models import Classifier
+from ..report import plots, tables
+from ..runs import Run, restore
+from ..schema import UsageError
+from ..terminal import Bar, number, say, share
+from .look import COLUMNS, Forward, allows, blurred, look, noisy, spectral_radius, within
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+@dataclass
+class Settings:
+    """The `eval` section of the config. Raises ValueError for values that make no sense."""
+
+    split: str
+    images: int | None
+    batch: int
+    steps: list[int]
+    noise: list[float]
+    blur: list[float]
+    solvers: list[str]
+    radius_images: int
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"eval.{name}={value} must be at least 1")
+        for name in ("steps", "noise", "blur"):
+            if wrong := [v for v in getattr(self, name) if not 0 <= v < math.inf]:
+                raise UsageError(f"eval.{name}={wrong[0]} must not be negative")
+        if self.radius_images < 0:
+            raise UsageError(f"eval.radius_images={self.radius_images} must not be negative; 0 is for none")
+
+
+def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
+    """Print what a run's weights do on a split, and keep it as eval/SPLIT.json in the run's folder."""
+    cfg = job.config
+    settings = Settings(**cfg["eval"])
+    runs = Path(cfg["paths"]["runs"])
+    run = Run(folder := record.find(runs, cfg["run"], "train"), record.read_record(folder))
+    recorded = run.config["gpu"]
+    gpu = {**cfg["gpu"], "dtype": recorded["dtype"] if cfg["gpu"]["dtype"] == "float32" else cfg["gpu"]["dtype"]}
+    device: Device = config.make(gpu, "gpu")
+    device.begin()
+    trust = cfg["allow_targets"]
+    picked = _solvers(settings.solvers, trust, search) if cfg["plot"] else {}
+    model = restore(run, device, trust)
+    dataset = config.make(run.config["dataset"], "dataset")
+    data = dataset.load(Path(cfg["paths"]["data"]), device.torch, fetch=lambda line: say("data", line, err=True))
+    split = getattr(data, settings.split)
+    if not len(split):
+        raise UsageError(f"eval.split={settings.split} is empty in this run (dataset.val_size=0); use eval.split=test")
+    split = split.first(settings.images)
+    _say_changes(run, data)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in data.batches(split, settings.batch):
+            yield device.images(x), y
+
+    found = _measure(model, batches, device, settings, dataset, run)
+    found |= {"run": record.name_of(run.folder), "split": settings.split, "n": len(split)}
+    independent = model.layer.reduce.per_sample
+    out = run.folder / "eval"
+    out.mkdir(exist_ok=True)
+    pictures = []
+    if cfg["plot"]:
+        x = next(iter(batches()))[0][:100]
+        pictures += plots.residuals(out / "residual", _traces(model, x, picked, device), found["run"])
+        if independent and isinstance(split.x, Tensor):
+            pictures += plots.most_and_least(out / "evaluations", split.x, found.pop("_seen"), found["run"])
+    found.pop("_seen", None)
+    (out / f"{settings.split}.json").write_text(json.dumps(record.plain(found), indent=1) + "\n")
+    _print(found, run)
+    written = " · ".join([f"{settings.split}.json", *(p.name for p in pictures)])
+    say("wrote", f"{out}/   {written}")
+    return 0
+
+
+def _say_changes(run: Run, data: Data) -> None:
+    """What has changed since the run: it is not what was trained that would be looked at."""
+    before, now = run.record["data"]["sha256"], data.sha256
+    if before is not None and before != now:
+        say("note", f"the data set is not the one it was trained on (sha256 {now[:10]}, then {before[:10]})", err=True)
+    for module, was in (run.config.get("sources") or {}).items():
+        if (is_now := schema.sources(run.config).get(module)) != was:
+            say("note", f"{module} has been edited since (hash {is_now}, then {was})", err=True)
+
+
+def _measure(model: Classifier, batches: Batches, device: Device, settings: Settings, dataset: Any,
+             run: Run) -> dict[str, Any]:  # fmt: skip
+    """Every pass, with a bar over them."""
+    layer = model.layer
+    calls: int = layer.init.calls
+    std = torch.tensor(dataset.std).view(1, -1, 1, 1).to(device.torch)
+    passes: list[tuple[str, Forward]] = [("as trained", model)]
+    passes += [(f"{k} step{'s' * (k != 1)}", within(model, k)) for k in settings.steps if allows(model, k)]
+    passes += [(f"noise {sd:g}", noisy(model, sd, std)) for sd in settings.noise]
+    passes += [(f"blur {sd:g}", blurred(model, sd)) for sd in settings.blur]
+    bar = Bar(len(passes), "passes")
+    seen = {}
+    try:
+        for k, (name, forward) in enumerate(passes):
+            seen[name] = look(forward, batches(), 0 if name == "0 steps" and not calls else calls, device)
+            bar.at(k + 1, lambda name=name: name)
+    finally:
+        bar.close()
+    clean = seen["as trained"]
+    found: dict[str, Any] = {"conditions": [dict(zip(COLUMNS, s.row(name))) for name, s in seen.items()]}
+    levels = torch.tensor(list(QUANTILES.values()))
+    finite = clean.residual[clean.residual.isfinite()]
+    found["nfe"] = dict(zip(QUANTILES, clean.nfe.float().quantile(levels).tolist()))
+    found["residual"] = dict(zip(QUANTILES, finite.float().quantile(levels).tolist())) if len(finite) else None
+    found["status"] = {Status(k).name: n for k, n in enumerate(clean.status.bincount().tolist()) if n}
+    classes = dataset.classes
+    pairs = torch.bincount(clean.y * classes + clean.predicted, minlength=classes**2)
+    found["confusion"] = pairs.view(classes, classes).tolist()
+    found["nfe_right"], found["nfe_wrong"] = None, None
+    if layer.reduce.per_sample and clean.nfe.unique().numel() > 1:
+        for key, rows in (("nfe_right", clean.right), ("nfe_wrong", ~clean.right)):
+            nfe = clean.nfe[rows].float()
+            found[key] = {"n": len(nfe), "mean": float(nfe.mean()), "median": float(nfe.median())} if len(nfe) else None
+    found["radius"] = None
+    if settings.radius_images and layer.field == "equilibrium" and not hasattr(layer.cell, "cells"):
+        radius = spectral_radius(model, next(iter(batches()))[0][: settings.radius_images])
+        found["radius"] = {**dict(zip(QUANTILES, radius.float().cpu().quantile(levels).tolist())), "n": len(radius)}
+    found["_seen"] = clean
+    return found
+
+
+def _solvers(names: Sequence[str], trust: Sequence[str], search: Sequence[str]) -> dict[str, Any]:
+    made = {}
+    jobs = [[f"solver={name}", f"allow_targets=[{','.join(trust)}]"] for name in names]
+    for name, job in zip(names, config.compose_all("train", jobs, search)):
+        solver = config.make(job.config["solver"], "solver")
+        if isinstance(solver, OwnLoop):
+            raise UsageError(f"eval.solvers={name} goes to an end time and leaves no trace of residuals; use tsit5")
+        made[name] = solver
+    return made
+
+
+@torch.no_grad()
+def _traces(model: Classifier, x: Tensor, solvers: dict[str, Any], device: Device) -> dict[str, Tensor]:
+    """Relative residual after every step, (steps + 1, B) a solver, from the model's own start on the same images."""
+    layer = model.layer
+    if layer.field != "equilibrium" or hasattr(layer.cell, "cells"):
+        return {}
+    features = model.stem(x)
+    ctx = layer.cell.begin(features)
+
+    def f(z: Tensor, t: Tensor) -> Tensor:
+        return layer.cell(z, ctx, t)
+
+    start = layer.init(features, f)
+    stop = Residual(tol=1e-6, max_steps=40, best=False)
+    found = {}
+    for name, solver in solvers.items():
+        trace = solve(FixedPoint(f), start, solver=solver, stop=stop, reduce=layer.reduce, trace=True).stats.trace
+        if trace is not None:
+            found[name] = trace.cpu()
+    return found
+
+
+def _print(found: dict[str, Any], run: Run) -> None:
+    if terminal.format == "json":
+        print(json.dumps(record.plain(found), indent=1))
+        return
+    clean = found["conditions"][0]
+    wrong = found["n"] - sum(row[k] for k, row in enumerate(found["confusion"]))
+    say("eval", f"{found['run']} · {found['split']} split, {found['n']:,} images")
+    say("answer", f"accuracy {share(clean['accuracy'])} · loss {number(clean['loss'])} · {wrong:,} wrong")
+    solves = f"evaluations {_spread(found['nfe'], '{:g}'.format)}"
+    if found["residual"]:
+        solves += f"\nresidual    {_spread(found['residual'], '{:.1e}'.format)}"
+    solves += f"\nstatus      {' · '.join(f'{name} {n:,}' for name, n in found['status'].items())}"
+    if found["nfe_right"]:
+        sides = [(side, found[f"nfe_{side}"]) for side in ("right", "wrong")]
+        told = [f"{side} answers {number(s['mean'])} (median {number(s['median'])}, n {s['n']:,})"
+                for side, s in sides if s]  # fmt: skip
+        solves += f"\nevaluations of {', '.join(told)}"
+    say("solve", solves)
+    if radius := found["radius"]:
+        one = f"{number(radius['max'])} (the batch is one system)"
+        many = f"{_spread(radius, number)} ({radius['n']} images)"
+        say("radius", f"|largest eigenvalue| of df/dz at z*: {many if radius['n'] > 1 else one}")
+    rows = [[row[c] for c in COLUMNS] for row in found["conditions"]]
+    percent = {"accuracy": share, "converged": lambda v: "–" if v is None else f"{v:.0%}"}
+    tables.show(COLUMNS, rows, percent, spare=["p90", "loss"])
+    if terminal.format == "text":
+        _print_confusion(found["confusion"])
+
+
+def _print_confusion(confusion: list[list[int]]) -> None:
+    if len(confusion) <= 20:
+        columns = ["true \\ said", *map(str, range(len(confusion)))]
+        rows = [[str(k), *(str(n) if n else "·" for n in row)] for k, row in enumerate(confusion)]
+        print(tables.text(columns, rows))
+        return
+    wrong = sorted((-n, k, j) for k, row in enumerate(confusion) for j, n in enumerate(row) if k != j and n)
+    print(tables.text(["true class", "said", "images"], [[str(k), str(j), str(-n)] for n, k, j in wrong[:10]]))
+
+
+def _spread(q: dict[str, float], spell: Callable[[float], str]) -> str:
+    return " · ".join(f"{name} {spell(q[name])}" for name in QUANTILES)

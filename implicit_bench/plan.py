@@ -1,0 +1,157 @@
+"""`plan=true`: what a command would do, what of it is done, and about how long the rest takes here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import config, machine, record
+from .bench.command import seconds
+from .bench.rows import labels, steps_a_round
+from .device import Device
+from .record import RecordError
+from .report import tables
+from .terminal import Bar, duration, say
+from .train import Step
+
+STEPS = 4  # the first of them warms up
+
+
+def plan_training(jobs: Sequence[config.Composed]) -> int:
+    """A line a job: done, begun, failed or to do; steps left, ms a step and where that figure is from, time left."""
+    clock, rows, total, todo = Pace(jobs), [], 0.0, 0
+    for job in jobs:
+        device: Device = config.make(job.config["gpu"], "gpu")
+        cfg = {**job.config, "gpu": device.settings()}
+        run_id = record.run_id(cfg)
+        folder = record.lookup(cfg["paths"]["runs"], run_id)
+        rec = _record(folder)
+        state = "to do" if rec is None else "begun" if rec["status"] == "running" else rec["status"]
+        steps = clock.steps(job)
+        taken = rec["steps"] if rec and state in ("begun", "interrupted") else 0
+        left = None if steps is None else steps - taken
+        name = record.folder_name(cfg["model"]["name"], job.choices["dataset"], cfg["seed"], run_id)
+        if state == "done" and not cfg["force"]:
+            rows.append([folder.name if folder else name, "done", 0, None, "", 0.0])
+            continue
+        ms, source = clock.step_ms(job, device)
+        todo += 1
+        wait = None if left is None else left * ms / 1e3
+        total += wait or 0.0
+        rows.append([folder.name if folder else name, state, left, ms, source, wait])
+    clock.close()
+    time_left = {"time": lambda s: "–" if s is None else duration(s) if s else ""}
+    tables.show(["job", "state", "steps left", "ms/step", "from", "time"], rows, time_left, spare=["from", "ms/step"])
+    how_long = f": about {duration(total)} of training here, one after the other" if todo else ""
+    say("plan", f"{_jobs(len(jobs))}, {len(jobs) - todo} done, {todo} to do{how_long}; nothing was run")
+    return 0
+
+
+def plan_bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
+    """A line a row: ms a step as measured now, and the time of warm-up and rounds."""
+    budget, rounds = seconds(jobs[0].config["time"]), jobs[0].config["rounds"]
+    clock = Pace(jobs)
+    steps = [clock.step_ms(job, config.make(job.config["gpu"], "gpu")) for job in jobs]
+    clock.close()
+    k = steps_a_round([ms for ms, _ in steps])
+    rows, total = [], 0.0
+    for name, (ms, source) in zip(labels(jobs, words), steps):
+        warm = 8 * 1.5 * 3 * ms / 1e3  # three passes of eight steps and predictions, as a rule
+        spent = (budget / len(jobs) if budget else rounds * k * 1.5 * ms / 1e3) + warm
+        total += spent
+        rows.append([name, "to do", ms, source, spent])
+    tables.show(["row", "state", "ms/step", "from", "time"], rows, {"time": duration}, spare=["from"])
+    many = f"{rounds} rounds of {k}" if budget is None else f"rounds of {k} for {duration(budget)}"
+    say("plan", f"{len(jobs)} rows, {many} steps and predictions, about {duration(total)} in all; nothing was timed")
+    return 0
+
+
+def plan_others(command: str, jobs: Sequence[config.Composed]) -> int:
+    """The jobs of eval, check and data, which have no long run before them."""
+    rows = [[command, " ".join(job.overrides) or "(the defaults)", "to do"] for job in jobs]
+    tables.show(["command", "job", "state"], rows)
+    say("plan", f"{_jobs(len(jobs))}; nothing was run")
+    return 0
+
+
+def _jobs(n: int) -> str:
+    return f"{n} job{'s' * (n != 1)}"
+
+
+def _record(folder: Path | None) -> dict[str, Any] | None:
+    try:
+        return record.read_record(folder) if folder and (folder / "record.json").exists() else None
+    except RecordError:
+        return None
+
+
+class Pace:
+    """ms a training step of jobs: what a run alike took on this machine, else a few steps on random images now."""
+
+    def __init__(self, jobs: Sequence[config.Composed]):
+        self._known: dict[str, tuple[float, str]] = {}
+        cpu = machine.fingerprint()["cpu"]
+        for folder in dict.fromkeys(job.config["paths"]["runs"] for job in jobs):
+            for path in record.record_files(Path(folder)):
+                rec = _record(path.parent) if path.name == "record.json" else None
+                spread = (rec or {}).get("timing", {}).get("step_ms")
+                if rec and spread and rec["command"] == "train" and rec["environment"]["cpu"] == cpu:
+                    self._known[_pace(rec["config"])] = spread["median"], "a run like it"
+        self._bar = Bar(len(jobs), "jobs")
+        self._asked = 0
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def steps(self, job: config.Composed) -> int | None:
+        """Steps of the whole training; None where that takes reading a data set that is not there yet."""
+        from .data import DataError
+
+        parts = config.make(job.config["dataset"], "dataset"), config.make(job.config["recipe"], "recipe")
+        try:
+            n = parts[0].n_train  # all of them, where that is known before anything is read
+            data = Path(job.config["paths"]["data"])
+            n = len(parts[0].load(data).train) if n is None else n - parts[0].val_size
+        except DataError:
+            return None
+        try:
+            return parts[1].total_steps(n)
+        except ValueError as mistake:
+            raise config.UsageError(str(mistake)) from None
+
+    def step_ms(self, job: config.Composed, device: Device) -> tuple[float, str]:
+        cfg = {**job.config, "gpu": device.settings()}
+        key = _pace(cfg)
+        if key not in self._known:
+            self._known[key] = _measure(job.config, device), "a trial now"
+        self._asked += 1
+        self._bar.at(self._asked)
+        return self._known[key]
+
+
+def _pace(cfg: dict[str, Any]) -> str:
+    """What decides how long a step takes: not the seed, nor how many steps there are."""
+    kept = {k: cfg.get(k) for k in ("network", "init", "solver", "stop", "adjoint", "penalty", "field", "gpu")}
+    shape = {k: v for k, v in cfg["dataset"].items() if k in ("_target_", "name")}
+    return json.dumps([kept, shape, cfg["recipe"]["batch"]], sort_keys=True, default=str)
+
+
+def _measure(cfg: dict[str, Any], device: Device) -> float:
+    device.begin()
+    parts = config.build(cfg)
+    model = device.place(parts.model)
+    step = Step(model, parts.penalties, parts.recipe, device, STEPS)
+    images = torch.randn(parts.recipe.batch, *parts.dataset.shape, device=device.torch)
+    x, y = device.images(images), torch.randint(parts.dataset.classes, (len(images),), device=device.torch)
+    times = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        loss, _ = step(x, y)
+        float(loss)  # waits for a GPU
+        times.append(time.perf_counter() - began)
+    return min(times[1:]) * 1e3

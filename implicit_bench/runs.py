@@ -1,0 +1,303 @@
+"""What has been run: `implicit-bench runs`, and for Python `load_run(ID)` and `records()`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import lock, log, record, schema
+from .record import METRICS, RecordError
+from .report import tables
+from .schema import UsageError, nearest
+from .terminal import number, say, share
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .device import Device
+    from .models import Classifier
+
+STATES = (*record.STATUSES, "stopped", "unreadable")  # running, but nobody holds it; no record that can be read
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder, or a record beside no folder (as in results/), which then has no weights."""
+
+    folder: Path
+    record: dict[str, Any]
+    trust: Sequence[str] = ()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config that it ran with."""
+        return self.record["config"]
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """metrics.jsonl, a row each log_steps steps and each epoch."""
+        import pandas
+
+        return pandas.DataFrame(list(record.read_jsonl(self.folder / "metrics.jsonl")))
+
+    @cached_property
+    def model(self) -> Classifier:
+        """The trained models.Classifier in evaluation mode on the CPU, in the dtype that it was trained in. Made once.
+
+        Raises UsageError where a class of one's own is not trusted (`load_run(..., trust=["mypkg"])`), CheckpointError
+        where there are no weights.
+        """
+        from .device import Device
+
+        gpu = self.config["gpu"]
+        return restore(self, Device("cpu", gpu["dtype"], gpu["threads"], gpu["channels_last"]), self.trust)
+
+
+def load_run(name: str = "last", runs: str | Path = "runs", trust: Sequence[str] = ()) -> Run:
+    """A run by id, by any unique prefix of its id or of its folder's name, by path, or the `last` one begun.
+
+    Its `record` and `config` are dicts, `metrics` is a DataFrame, `model` the trained classifier. A record is data:
+    `trust` names the packages of your own whose classes may be made from it. Raises RecordError.
+    """
+    folder = record.find(runs, name)
+    return Run(folder, record.read_record(folder), tuple(trust))
+
+
+def records(dirs: str | Path | Iterable[str | Path] = "runs") -> pandas.DataFrame:
+    """Every record under the given folders as a DataFrame, a row a run, columns named as in record.json with dots.
+
+    Spreads (timing.step_ms) are their medians; `config.*` are the settings; `record` holds the whole dict.
+    """
+    import pandas
+
+    folders = [dirs] if isinstance(dirs, (str, Path)) else dirs
+    plain = ("run_id", "command", "status", "error", "attempt", "experiment", "protocol", "length", "steps", "epochs",
+             "started_at", "finished_at")  # fmt: skip
+    return pandas.DataFrame([
+        {**{key: rec[key] for key in plain}, **record.scalars(rec), "params": rec["params"]["total"],
+         "hardware": rec["environment"]["hardware"], **{f"config.{k}": v for k, v in flat(rec["config"]).items()},
+         "record": rec}
+        for rec in record.records(folders)
+    ])  # fmt: skip
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def restore(run: Run, device: Device, trust: Sequence[str] = ()) -> Classifier:
+    """The classifier of a finished or unfinished run with its latest weights, on the device, in evaluation mode.
+
+    Raises UsageError for a class that is neither ours nor of a trusted package, CheckpointError without usable weights.
+    """
+    if run.record["command"] != "train":
+        name, command = record.name_of(run.folder), run.record["command"]
+        raise UsageError(f"{name} is a {command}, which leaves no weights; name a training")
+    from . import config
+    from .train import checkpoint
+
+    parts = config.build(trusted(run.config, trust))
+    found = checkpoint.load(run.folder, device.torch, lambda line: say("note", line, err=True))
+    if found is None:
+        raise RecordError(f"{run.folder} holds no checkpoint, only its record; train it here to look at it")
+    model = device.place(parts.model)
+    checkpoint.put(model, found["model"], run.folder)
+    return model.eval()
+
+
+def trusted(recorded: dict[str, Any], trust: Sequence[str]) -> dict[str, Any]:
+    """A recorded config that may be built: it names shipped classes, or those of a trusted package."""
+    cfg = {key: value for key, value in recorded.items() if key != "sources"}
+    cfg = {**cfg, "allow_targets": list(trust), "gpu": {"_target_": "implicit_bench.device.Device"}}
+    schema.check(cfg)
+    return cfg
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def command(words: Sequence[str], dirs: Sequence[Path], yes: bool = False) -> int:
+    """`runs [FILTER...]`, `runs diff A B`, `runs rm RUN...`."""
+    if words[:1] == ["diff"]:
+        return _diff(words[1:], dirs)
+    if words[:1] == ["rm"]:
+        return _remove(words[1:], dirs, yes)
+    if yes:
+        raise UsageError("-y answers the question of runs rm, and nothing else asks one")
+    return _list(words, dirs)
+
+
+def _found(dirs: Sequence[Path]) -> list[tuple[str, dict[str, Any], float]]:
+    """(name, record or {}, seconds since the epoch at which it began) of every run, the latest last."""
+    runs = []
+    for top in dirs:
+        if not top.is_dir():
+            if top != Path("runs"):
+                raise RecordError(f"no folder {top} to read records from")
+            continue
+        for path in record.record_files(top):
+            if path.name.startswith("attempt-"):
+                continue
+            try:
+                rec = record.read_record(path)
+            except RecordError:
+                rec = {}
+            name = record.name_of(path.parent if path.name == "record.json" else path)
+            runs.append((name, {**rec, "folder": path.parent}, record.started(rec, path)))
+    return sorted(runs, key=lambda run: run[2])
+
+
+def _state(rec: Mapping[str, Any]) -> str:
+    if "status" not in rec:
+        return "unreadable"
+    dead = rec["status"] == "running" and lock.owner(rec["folder"]) is None
+    return "stopped" if dead else rec["status"]
+
+
+def _matches(word: str, name: str, rec: Mapping[str, Any]) -> bool:
+    """A plain word is a part of the name; key=value is about the status, what a group was set to, or any setting."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        return word in name
+    if key == "status":
+        return _state(rec) == value
+    config = rec.get("config", {})
+    if key in ("command", "experiment", "protocol", "length") and key in rec:
+        return str(rec[key]) == value
+    if (picked := log.choices(config)).get(key) is not None:
+        return picked[key] == value
+    settings = flat(config)
+    return key in settings and (str(settings[key]) == value or _same_number(settings[key], value))
+
+
+def _same_number(a: Any, b: str) -> bool:
+    if isinstance(a, bool):
+        return str(a).lower() == b
+    try:
+        return float(a) == float(b)
+    except (TypeError, ValueError):
+        return False
+
+
+def _list(words: Sequence[str], dirs: Sequence[Path]) -> int:
+    for word in words:
+        if word.startswith("status=") and (state := word.partition("=")[2]) not in STATES:
+            raise UsageError(f"no status {state!r}{nearest(state, STATES)}")
+    everything = _found(dirs)
+    rows, now = [], time.time()
+    for name, rec, began in everything:
+        if not all(_matches(word, name, rec) for word in words):
+            continue
+        values = record.scalars(rec)
+        rows.append([name, _state(rec), values.get("metrics.test_acc"), values.get("timing.step_ms"),
+                     values.get("solve.nfe_forward"), values.get("solve.nfe_backward"),
+                     rec["epochs"] if rec.get("command") == "train" else None,
+                     round(now - began)])  # fmt: skip
+    where = " and ".join(map(str, dirs))
+    if not rows:
+        known = f"none of the {len(everything)} runs in {where} fits {' '.join(words)!r}"
+        print(known if everything else f"no runs in {where} yet; implicit-bench train makes one", file=sys.stderr)
+        return 0
+    columns = ["run", "status", "test acc", "ms/step", "nfe f", "nfe b", "epochs", "age"]
+    tables.show(columns, rows, {"test acc": share, "age": age, "nfe f": number, "nfe b": number},
+                spare=["epochs", "nfe b", "nfe f", "ms/step"])  # fmt: skip
+    return 0
+
+
+def age(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size or (unit == "min" and seconds >= 60):
+            return f"{seconds // size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def pick(dirs: Sequence[Path], word: str) -> Path:
+    """The run folder (or record file) that a word names, in any of the folders."""
+    problems = []
+    for top in dirs:
+        try:
+            return record.find(top, word)
+        except RecordError as error:
+            problems.append(str(error))
+    raise RecordError(problems[0])
+
+
+def _diff(words: Sequence[str], dirs: Sequence[Path]) -> int:
+    if len(words) != 2:
+        raise UsageError("runs diff wants two runs, such as: implicit-bench runs diff last skip_deq-digits")
+    paths = [pick(dirs, word) for word in words]
+    recs, names = [record.read_record(path) for path in paths], [record.name_of(path) for path in paths]
+    if recs[0]["command"] != recs[1]["command"]:
+        kinds = " and ".join(f"{name} is a {rec['command']}" for name, rec in zip(names, recs))
+        raise UsageError(f"{kinds}; runs diff compares two of one kind")
+    rows: list[list[Any]] = []
+    settings = [{**flat(rec["config"]), **{k: v for k, v in flat(rec["environment"]).items() if "." not in k}}
+                for rec in recs]  # fmt: skip
+    less = ("paths.", "logger.", "force", "progress.")
+    for key in dict.fromkeys(k for s in settings for k in s):
+        values = [s.get(key, "–") for s in settings]
+        if values[0] != values[1] and not key.startswith(less):
+            rows.append([key, *values, ""])
+    numbers = [{**record.scalars(rec), **_ratios(rec)} for rec in recs]
+    for key in dict.fromkeys((*(m.key for m in METRICS), *numbers[0], *numbers[1])):
+        values = [n.get(key) for n in numbers]
+        if values != [None, None] and values[0] != values[1]:
+            change = f"{values[1] / values[0] - 1:+.1%}" if None not in values and values[0] else ""
+            rows.append([key, *values, change])
+    if not rows:
+        print(f"{names[0]} and {names[1]} agree in every setting and every metric")
+        return 0
+    tables.show(["", *names, "change"], rows, dict.fromkeys(names, _short))
+    return 0
+
+
+def _ratios(rec: Mapping[str, Any]) -> dict[str, float]:
+    """What a bench found."""
+    return {f"ratio.{r['measure']} {r['slower']} / {r['faster']}": r["value"] for r in rec.get("ratios", ())}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = "–" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def _remove(words: Sequence[str], dirs: Sequence[Path], yes: bool) -> int:
+    if not words:
+        raise UsageError("runs rm wants the runs to remove, by id or any unique prefix")
+    folders = list(dict.fromkeys(pick(dirs, word) for word in words))
+    for folder in folders:
+        if owner := lock.owner(folder):
+            raise RecordError(f"{folder} is being written by process {owner['pid']} on {owner['host']}; stop it first")
+    size = sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) / 2**20
+    for folder in folders:
+        print(f"  {folder}", file=sys.stderr)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("runs rm asks before it removes, and there is nobody to ask here; add -y")
+        print(f"remove {_count(folders)}, {size:.1f} MiB, for good? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("nothing removed", file=sys.stderr)
+            return 0
+    for folder in folders:
+        shutil.rmtree(folder)
+    print(f"removed {_count(folders)}, {size:.1f} MiB")
+    return 0
+
+
+def _count(folders: Sequence[Path]) -> str:
+    return f"{len(folders)} run{'s' * (len(folders) != 1)}"
