@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -40,24 +42,31 @@ def made(items: Items, numbers: Sequence[int], workers: int | str, pin: bool = F
     count = min(MOST, os.cpu_count() or 1) if workers == "auto" else int(workers)
     source: Any = _Guarded(items)
     loader: Any = DataLoader(source, batch_size=None, sampler=numbers, num_workers=min(count, len(numbers)),
-                             collate_fn=_as_it_is, worker_init_fn=_leave_signals_to_the_parent, pin_memory=pin,
-                             generator=torch.Generator())  # fmt: skip
-    iterator = iter(loader)  # with a generator of its own, else it would draw from the global one
+                             collate_fn=_as_it_is, pin_memory=pin, generator=torch.Generator())  # fmt: skip
+    with _signals_left_to_us():
+        iterator = iter(loader)  # with a generator of its own, else it would draw from the global one
+    stop = iterator._shutdown_workers if loader.num_workers else _as_it_is
+    atexit.register(stop)  # for one that was never closed: workers do not hear the SIGTERM of multiprocessing's own
     try:
         for item in iterator:
             if isinstance(item, DataError):
                 raise item
             yield item
     finally:
-        if loader.num_workers:
-            iterator._shutdown_workers()  # now, and not when the garbage collector comes by
+        atexit.unregister(stop)
+        stop()  # now, and not when the garbage collector comes by
 
 
-def _as_it_is(item: Any) -> Any:
+def _as_it_is(item: Any = None) -> Any:
     return item
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C, and the SIGTERM of a job scheduler, reach a whole group: the parent still wants its last batch."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def _signals_left_to_us() -> Iterator[None]:
+    """Processes started within never see Ctrl-C, or the SIGTERM of a job scheduler, which reach a whole group: the
+    parent still wants its batch. Blocked from before they start, since a signal may come at any moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

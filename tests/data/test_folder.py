@@ -256,6 +256,17 @@ def test_a_broken_picture_ends_a_run_in_a_sentence(folder, tmp_path):
     assert children_gone()
 
 
+def test_a_stream_that_nobody_closed_does_not_keep_the_process(folder):
+    code = f"""
+from implicit_bench.data import ImageFolder
+data = ImageFolder({str(folder)!r}, 0, {MEAN}, {STD}, size=8, resize=10).load("", workers=2)
+batches = data.batches(data.train, 2)
+next(batches)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def processes_of(group):
     """The processes of a group that still run."""
     found = []

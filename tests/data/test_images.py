@@ -121,6 +121,24 @@ def test_augmented_batch_depends_on_the_generator_only(load):
     assert torch.equal(y, data.train.y[index])
 
 
+def test_batches_of_an_epoch(load):
+    data = load(flip=0.5, pad=4)
+    order = data.order(35, seed=3, epoch=2)
+    whole = list(data.batches(data.train, 8, order, augment=(3, 2)))
+    assert [len(y) for _, y in whole] == [8, 8, 8, 8, 3]
+    for k, (x, y) in enumerate(whole):
+        generator = torch.Generator().manual_seed((3 * 100_003 + 2) * 1_000_003 + k)  # fixed for ever, as the order is
+        again = data.batch(data.train, order[8 * k : 8 * k + 8], generator)
+        assert torch.equal(x, again[0])
+        assert torch.equal(y, again[1])
+    (x, y), (z, _) = data.batches(data.train, 8, order, 2, 4, augment=(3, 2))  # as one who resumes
+    assert torch.equal(x, whole[2][0])
+    assert torch.equal(z, whole[3][0])
+    plain = list(data.batches(data.test, 4))
+    assert torch.equal(torch.cat([y for _, y in plain]), data.test.y)
+    assert torch.equal(torch.cat([x for x, _ in plain]), data.batch(data.test, torch.arange(10))[0])
+
+
 def test_padding_is_black_before_normalisation(load):
     """A corner that is padding has the value of a black pixel, not the mean."""
     data = load(pad=32)
