@@ -187,7 +187,7 @@ def _check_word(o: Any) -> None:
     if o.is_delete():
         raise UsageError(f"cannot leave {name!r} out; write {name}=value")
     options = _options(name)
-    if name not in (*GROUPS, "tune") and not options:
+    if (name not in (*GROUPS, "tune") and not options) or isinstance(o.value(), dict):
         return
     if o.is_add():
         raise UsageError(f"{name} is there already; write {name}={shown} without a plus sign")

@@ -56,7 +56,7 @@ class Run:
         from .device import Device
 
         gpu = self.config["gpu"]
-        return restore(self, Device("cpu", gpu["dtype"], gpu["threads"], gpu["channels_last"]), self.trust)
+        return restore(self, Device("cpu", gpu["dtype"], channels_last=gpu["channels_last"]), self.trust)
 
 
 def load_run(name: str = "last", runs: str | Path = "runs", trust: Sequence[str] = ()) -> Run:

@@ -401,13 +401,13 @@ WRONG = {
     "stop._target_=torch.Tensor": "stop._target_='torch.Tensor' is not a Module, an Optimizer or an LRScheduler",
     "allow_targets=[os] stop._target_=os.system": "stop._target_='os.system' is not a class",
     # combinations
-    "solver=torchdiffeq/dopri5": "solver=TorchDiffeq integrates to an end time and cannot stop at a residual; use "
+    "solver=torchdiffeq/dopri5": "solver=torchdiffeq/dopri5 integrates to an end time and cannot stop at a residual; use "
                                  "solver=tsit5, or stop=end_time with a long stop.t1 such as 20",
-    "field=ode": "stop=Residual looks for f(z) = z, but field=ode has no equilibrium meaning; use stop=end_time or "
+    "field=ode": "stop=residual looks for f(z) = z, but field=ode has no equilibrium meaning; use stop=end_time or "
                  "field=equilibrium",
-    "model=neural_ode adjoint=ift": "adjoint=IFT needs a fixed point, which field=ode does not have; use "
+    "model=neural_ode adjoint=ift": "adjoint=ift needs a fixed point, which field=ode does not have; use "
                                     "adjoint=backsolve or adjoint=unroll",
-    "model=neural_ode solver=anderson": "solver=Anderson finds roots and has no time; use stop=residual or "
+    "model=neural_ode solver=anderson": "solver=anderson finds roots and has no time; use stop=residual or "
                                         "solver=tsit5",
     "adjoint=backsolve": "adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift",
     "model=resnet network.untied=3": "3 untied cells are applied once each; use solver=picard adjoint=unroll "

@@ -80,7 +80,7 @@ def test_the_table_has_a_row_each_and_failed_ones_say_so():
     assert rows[2] == ["deq", *["failed"] * 8]
 
 
-TIMES = [("20s", 20), ("5m", 300), ("1h", 3600), (90, 90), ("1.5m", 90), (None, None)]
+TIMES = [("20s", 20), ("5m", 300), ("1h", 3600), ("90s", 90), ("1.5m", 90), (None, None)]
 
 
 @pytest.mark.parametrize(("text", "value"), TIMES)

@@ -24,40 +24,40 @@ class Follows(Picard):
 UNTIED = UntiedCell([DenseCell(4) for _ in range(3)])
 REFUSED = [
     (Tsit5(), Residual(), Unroll(), "ode",
-     "stop=Residual looks for f(z) = z, but field=ode has no equilibrium meaning; "
+     "stop=residual looks for f(z) = z, but field=ode has no equilibrium meaning; "
      "use stop=end_time or field=equilibrium"),
     (Picard(), FixedSteps(), Unroll(), "ode",
-     "stop=FixedSteps looks for f(z) = z, but field=ode has no equilibrium meaning; "
+     "stop=fixed_steps looks for f(z) = z, but field=ode has no equilibrium meaning; "
      "use stop=end_time or field=equilibrium"),
     (Tsit5(), EndTime(), IFT(), "ode",
-     "adjoint=IFT needs a fixed point, which field=ode does not have; use adjoint=backsolve or adjoint=unroll"),
+     "adjoint=ift needs a fixed point, which field=ode does not have; use adjoint=backsolve or adjoint=unroll"),
     (Tsit5(), EndTime(), JFB(), "ode",
-     "adjoint=JFB needs a fixed point, which field=ode does not have; use adjoint=backsolve or adjoint=unroll"),
+     "adjoint=jfb needs a fixed point, which field=ode does not have; use adjoint=backsolve or adjoint=unroll"),
     (TorchDiffeq(), Residual(), IFT(), "equilibrium",
-     "solver=TorchDiffeq integrates to an end time and cannot stop at a residual; use solver=tsit5, "
+     "solver=torchdiffeq/dopri5 integrates to an end time and cannot stop at a residual; use solver=tsit5, "
      "or stop=end_time with a long stop.t1 such as 20"),
     (TorchDiffeq(), FixedSteps(), Unroll(), "equilibrium",
-     "solver=TorchDiffeq integrates to an end time and cannot stop at a residual; use solver=tsit5, "
+     "solver=torchdiffeq/dopri5 integrates to an end time and cannot stop at a residual; use solver=tsit5, "
      "or stop=end_time with a long stop.t1 such as 20"),
     (Anderson(), EndTime(), IFT(), "equilibrium",
-     "solver=Anderson finds roots and has no time; use stop=residual or solver=tsit5"),
+     "solver=anderson finds roots and has no time; use stop=residual or solver=tsit5"),
     (Picard(), EndTime(), Unroll(), "ode",
-     "solver=Picard finds roots and has no time; use stop=residual or solver=tsit5"),
+     "solver=picard finds roots and has no time; use stop=residual or solver=tsit5"),
     (Tsit5(), Residual(), Backsolve(), "equilibrium",
      "adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift"),
     (Picard(), FixedSteps(), Backsolve(), "equilibrium",
      "adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift"),
     (Tsit5(), EndTime(), Phantom(), "ode",
-     "adjoint=Phantom needs a fixed point, which field=ode does not have; use adjoint=backsolve or adjoint=unroll"),
+     "adjoint=phantom needs a fixed point, which field=ode does not have; use adjoint=backsolve or adjoint=unroll"),
     (Anderson(), EndTime(), Backsolve(), "equilibrium",
-     "solver=Anderson finds roots and has no time; use stop=residual or solver=tsit5"),
+     "solver=anderson finds roots and has no time; use stop=residual or solver=tsit5"),
     (Anderson(), Residual(), Backsolve(), "equilibrium",
      "adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift"),
     (TorchDiffeq(), EndTime(), Unroll(checkpoint=True), "ode",
-     "adjoint.checkpoint=true is for our own solvers, but solver=TorchDiffeq makes its steps itself; use solver=tsit5 "
+     "adjoint.checkpoint=true is for our own solvers, but solver=torchdiffeq/dopri5 makes its steps itself; use solver=tsit5 "
      "or adjoint.checkpoint=false"),
     (Follows(), Residual(), Unroll(), "equilibrium",
-     "solver=Follows differentiates the cell to make its steps, and adjoint=unroll cannot differentiate it twice; use "
+     "solver=follows differentiates the cell to make its steps, and adjoint=unroll cannot differentiate it twice; use "
      "adjoint=ift"),
     (Picard(), Residual(), IFT(), "root", "field='root' must be equilibrium or ode"),
 ]  # fmt: skip

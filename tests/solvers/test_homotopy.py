@@ -248,7 +248,7 @@ def test_the_implicit_gradient_is_that_of_any_solver():
 
 
 def test_the_continuous_adjoint_is_refused():
-    with pytest.raises(ValueError, match="solver=Homotopy follows a path on which t is no time; use adjoint=ift"):
+    with pytest.raises(ValueError, match="solver=homotopy follows a path on which t is no time; use adjoint=ift"):
         ImplicitLayer(TanhCell(5), Zero(network(TanhCell(5))), Homotopy(), ONE, Backsolve())
 
 
