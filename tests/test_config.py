@@ -401,7 +401,8 @@ WRONG = {
     "stop._target_=torch.Tensor": "stop._target_='torch.Tensor' is not a Module, an Optimizer or an LRScheduler",
     "allow_targets=[os] stop._target_=os.system": "stop._target_='os.system' is not a class",
     # combinations
-    "solver=torchdiffeq/dopri5": "solver=torchdiffeq/dopri5 integrates to an end time and cannot stop at a residual; use "
+    "solver=torchdiffeq/dopri5": "solver=torchdiffeq/dopri5 integrates to an end time and cannot stop at "
+                                 "a residual; use "
                                  "solver=tsit5, or stop=end_time with a long stop.t1 such as 20",
     "field=ode": "stop=residual looks for f(z) = z, but field=ode has no equilibrium meaning; use stop=end_time or "
                  "field=equilibrium",

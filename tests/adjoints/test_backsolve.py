@@ -258,7 +258,8 @@ def test_a_unit_cotangent_frees_the_gradient_from_the_scale_of_the_loss():
 
 @pytest.mark.parametrize("option", ["unit_cotangent", "seminorm"])
 def test_an_option_is_refused_where_it_would_be_ignored(option):
-    sentence = (f"adjoint.{option}=true is for our own solvers, but solver=torchdiffeq/dopri5 makes its steps itself; use "
+    sentence = (f"adjoint.{option}=true is for our own solvers, but solver=torchdiffeq/dopri5 makes its "
+                 "steps itself; use "
                 f"solver=tsit5 or adjoint.{option}=false")  # fmt: skip
     with pytest.raises(ValueError, match=sentence):
         layer_of(TanhCell(4), Backsolve(**{option: True}), TorchDiffeq())

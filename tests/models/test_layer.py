@@ -54,7 +54,8 @@ REFUSED = [
     (Anderson(), Residual(), Backsolve(), "equilibrium",
      "adjoint=backsolve integrates back from an end time; use stop=end_time or adjoint=ift"),
     (TorchDiffeq(), EndTime(), Unroll(checkpoint=True), "ode",
-     "adjoint.checkpoint=true is for our own solvers, but solver=torchdiffeq/dopri5 makes its steps itself; use solver=tsit5 "
+     "adjoint.checkpoint=true is for our own solvers, but solver=torchdiffeq/dopri5 makes its steps "
+     "itself; use solver=tsit5 "
      "or adjoint.checkpoint=false"),
     (Follows(), Residual(), Unroll(), "equilibrium",
      "solver=follows differentiates the cell to make its steps, and adjoint=unroll cannot differentiate it twice; use "

@@ -121,7 +121,7 @@ def test_within_k_steps_calls_the_cell_k_times(k):
 def test_a_solver_of_many_calls_a_step_cannot_be_held_to_k(solver, stop):
     """torchdiffeq was asked to integrate to infinity here, and did not return."""
     model = classifier(solver=solver, stop=stop)
-    with pytest.raises(ValueError, match="solver=(tsit5|torchdiffeq/dopri5) does not make one evaluation"):
+    with pytest.raises(ValueError, match=r"solver=(tsit5|torchdiffeq/dopri5) does not make one evaluation"):
         model.within(IMAGES, 2)
     assert model.within(IMAGES, 0).shape == (5, 10)
 
