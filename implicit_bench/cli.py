@@ -9,11 +9,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .help import HELP, PROG, USAGE
 from .schema import UsageError, first_line, nearest
 from .words import Words, plain, split
+
+if TYPE_CHECKING:
+    from .config import Composed
 
 
 class JobFailed(Exception):
@@ -140,27 +143,35 @@ def _show(command: str, words: Words) -> int:
 # ------------------------------------------------------------------------------------------------------- commands
 
 
-def _train(args: list[str]) -> int:
-    from . import config
+Run = Callable[["list[Composed]", Words], int]
 
+
+def _composing(command: str, args: list[str], run: Run) -> int:
+    """What every command that composes shares: Hydra's flags, plan=true, the jobs that the words name."""
     words = split(args)
     if words.flags:
-        return _show("train", words)
-    if words.plan:
-        return _plan("train", words)
+        return _show(command, words)
+    from . import config
+
+    jobs = config.compose_all(command, config.expand(words.overrides, words.search), words.search)
+    return _plan(command, jobs, words) if words.plan else run(jobs, words)
+
+
+def _train(args: list[str]) -> int:
+    words = split(args)
+    if words.flags or words.plan:
+        return _composing("train", args, lambda jobs, words: 0)
     if words.multirun:
         return _sweep(words)
+    from . import config
+
     job = config.compose("train", words.overrides, words.search)
     from .train.command import train
 
     return train(job, words.overrides).exit_code
 
 
-def _plan(command: str, words: Words) -> int:
-    from . import config
-
-    rows = config.expand(words.overrides, words.search)
-    jobs = config.compose_all(command, rows, words.search)
+def _plan(command: str, jobs: list[Composed], words: Words) -> int:
     from . import plan
 
     if command == "train":
@@ -206,79 +217,60 @@ def train_task(cfg: Any) -> float | None:
 
 
 def _bench(args: list[str]) -> int:
-    from . import config
+    def run(jobs: list[Composed], words: Words) -> int:
+        from .bench.command import bench
 
-    words = split(args)
-    if words.flags:
-        return _show("bench", words)
-    if words.plan:
-        return _plan("bench", words)
-    rows = config.expand(words.overrides, words.search)
-    jobs = config.compose_all("bench", rows, words.search)
-    from .bench.command import bench
+        return bench(jobs, words.overrides)
 
-    return bench(jobs, words.overrides)
-
-
-def _data(args: list[str]) -> int:
-    from . import config
-
-    words = split(args)
-    if words.flags:
-        return _show("data", words)
-    if words.plan:
-        return _plan("data", words)
-    rows = config.expand(words.overrides, words.search)
-    if named := any(word.partition("=")[0].split(".")[0] == "dataset" for word in words.overrides):
-        jobs = config.compose_all("data", rows, words.search)
-    else:
-        names = sorted({path.stem for folder in (config.config_dir(), *map(Path, words.search))
-                        for path in (folder / "dataset").glob("*.yaml")})  # fmt: skip
-        jobs = config.compose_all("data", [[f"dataset={name}", *row] for row in rows for name in names], words.search)
-    from .report import tables
-    from .terminal import say
-
-    table = []
-    for job in jobs:
-        dataset, root = config.make(job.config["dataset"], "dataset"), Path(job.config["paths"]["data"])
-        if named:
-            dataset.fetch(root, lambda line: say("data", line))
-            continue
-        row = dataset.describe(root)
-        table.append([job.choices["dataset"], row["state"], row["bytes"] / 1e6, row["download_mb"], row["folder"],
-                      row["how"]])  # fmt: skip
-    if not named:
-        mb = dict.fromkeys(("MB", "to fetch, MB"), lambda n: "?" if n is None else f"{n:,.0f}" if n else "–")
-        tables.show(["data set", "state", "MB", "to fetch, MB", "folder", "how"], table, mb, spare=["how", "folder"])
-    return 0
+    return _composing("bench", args, run)
 
 
 def _eval(args: list[str]) -> int:
-    from . import config
+    def run(jobs: list[Composed], words: Words) -> int:
+        from .evaluation.command import evaluate
 
-    words = split(args)
-    if words.flags:
-        return _show("eval", words)
-    if words.plan:
-        return _plan("eval", words)
-    jobs = config.compose_all("eval", config.expand(words.overrides, words.search), words.search)
-    from .evaluation.command import evaluate
+        return max([evaluate(job, words.search) for job in jobs])
 
-    return max([evaluate(job, words.search) for job in jobs])
+    return _composing("eval", args, run)
 
 
 def _check(args: list[str]) -> int:
+    def run(jobs: list[Composed], words: Words) -> int:
+        from .check import check
+
+        return max([check(job) for job in jobs])
+
+    return _composing("check", args, run)
+
+
+def _data(args: list[str]) -> int:
+    """Fetch what is named; tell of all, or with plan=true of those, what is there and what it would cost."""
     from . import config
 
     words = split(args)
+    named = any(word.partition("=")[0].split(".")[0] == "dataset" for word in words.overrides)
     if words.flags:
-        return _show("check", words)
-    if words.plan:
-        return _plan("check", words)
-    jobs = config.compose_all("check", config.expand(words.overrides, words.search), words.search)
-    from .check import check
+        return _show("data", words)
+    rows = config.expand(words.overrides, words.search)
+    if not named:
+        names = sorted({path.stem for folder in (config.config_dir(), *map(Path, words.search))
+                        for path in (folder / "dataset").glob("*.yaml")})  # fmt: skip
+        rows = [[f"dataset={name}", *row] for row in rows for name in names]
+    jobs = config.compose_all("data", rows, words.search)
+    from .report import tables
+    from .terminal import say
 
-    return max([check(job) for job in jobs])
+    sets = [(config.make(job.config["dataset"], "dataset"), Path(job.config["paths"]["data"])) for job in jobs]
+    if named and not words.plan:
+        for dataset, root in sets:
+            dataset.fetch(root, lambda line: say("data", line))
+        return 0
+    found = [dataset.describe(root) for dataset, root in sets]
+    table = [[job.choices["dataset"], row["state"], row["bytes"] / 1e6, row["download_mb"], row["folder"], row["how"]]
+             for job, row in zip(jobs, found)]  # fmt: skip
+    mb = dict.fromkeys(("MB", "to fetch, MB"), lambda n: "?" if n is None else f"{n:,.0f}" if n else "–")
+    tables.show(["data set", "state", "MB", "to fetch, MB", "folder", "how"], table, mb, spare=["how", "folder"])
+    return 0
 
 
 def _list(args: list[str]) -> int:

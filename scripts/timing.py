@@ -37,12 +37,19 @@ def command(*words: str, times: int = 5) -> float:
 def start_up(folder: Path) -> list[list[str]]:
     runs = f"paths.runs={folder}"
     one = ("train", "recipe.max_steps=1", "dataset.val_size=0", "gpu.threads=1", "force=true", runs)
-    return [
+    rows = [
         ["`--help`", f"{command('--help'):.2f} s"],
         ["`list`", f"{command('list'):.2f} s"],
+        ["`list networks`", f"{command('list', 'networks'):.2f} s"],
+        ["a Tab after `train solver.`", f"{command('complete', 'implicit-bench train solver.'):.2f} s"],
         ["`train`, one step, its test and its record, logger=none", f"{command(*one, 'logger=none', times=3):.2f} s"],
         ["the same with W&B offline", f"{command(*one, times=3):.2f} s"],
     ]
+    trained = record.read_record(record.find(folder, "last"))
+    for k in range(1000):
+        record.write_record(folder / "many" / f"deq-digits-s{k}-{k:010x}", {**trained, "run_id": f"{k:010x}"})
+    many = command("runs", f"records={folder / 'many'}")
+    return [*rows, ["`runs` over 1,000 records", f"{many:.2f} s"]]
 
 
 def epoch_share(folder: Path, words: list[str]) -> list[list[str]]:
