@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from . import config, testing
+from . import config, terminal, testing
+from .report import tables
 from .schema import UsageError
 from .terminal import card, say
 
@@ -41,7 +42,10 @@ def _card(name: str, settings: dict[str, Any], component: Any, *beside: Any) -> 
     said = [f"{key}={value}" for key, value in settings.items() if key != "_target_"]
     say("check", " · ".join([name, str(settings["_target_"]), *said]))
     results = getattr(testing, f"check_{name.partition('=')[0]}")(component, *beside)
-    card([(r.passed, r.name, r.sentence) for r in results])
     passed = sum(map(bool, results))
-    print(f"{name}: {passed} of {len(results)} checks passed", flush=True)
+    if terminal.format == "text":
+        card([(r.passed, r.name, r.sentence) for r in results])
+        print(f"{name}: {passed} of {len(results)} checks passed", flush=True)
+    else:
+        tables.show(["component", "check", "passed", "found"], [[name, r.name, r.passed, r.sentence] for r in results])
     return int(passed < len(results))

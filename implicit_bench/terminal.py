@@ -51,7 +51,7 @@ def say(label: str, text: str, *, err: bool = False) -> None:
         width = max(40, shutil.get_terminal_size().columns - len(INDENT))
         lines = [part for line in lines for part in _wrapped(line, width)]
     first, *rest = lines
-    style = label if not _colour(stream) else f"\033[1m{label}\033[0m"
+    style = label if not label or not _colour(stream) else f"\033[1m{label}\033[0m"
     print(
         f"{style}{' ' * (8 - len(label))}{first}",
         *(f"{INDENT}{line}" for line in rest),

@@ -458,3 +458,35 @@ def test_bench_leaves_all_it_promises_and_keeps_every_attempt(tmp_path, capsys):
     for file in (*promised, "metrics.jsonl"):
         assert (folder / f"attempt-1.{file}").read_bytes() == kept[file]
         assert (folder / file).exists()
+
+
+def test_the_figures_of_a_bench_in_every_format_and_width(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["bench", "model=neural_ode,cdeq", *jobs.words(Path(), "rounds=2")]
+    assert main([*words, "format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["label"] for row in found["rows"]] == ["neural_ode", "cdeq"]
+    assert found["rows"][0]["timing"]["train_ms"]["n"] == 2
+    assert found["ratios"][0]["id"] == "R1"
+    assert main([*words, "format=csv", "-q"]) == 0
+    out, err = capsys.readouterr()
+    rows, ratios = out.split("\n\n")
+    assert rows.splitlines()[0].startswith("model,params,train ms,")
+    assert ratios.splitlines()[0] == "id,pair,measure,ratio,95 %,verdict,paper,caveat"
+    assert err == ""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    for width in (80, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert max(len(line) for line in out.splitlines()) <= width, out
+        assert re.search(r"R1 +neural_ode / cdeq +train .*too few rounds", out)
+        assert "2.14–4.10×" in out
+
+
+def test_a_card_of_checks_as_a_table(capsys):
+    assert main(["check", "adjoint=jfb", "format=json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["component"] for row in rows} == {"adjoint=jfb"}
+    assert all(row["passed"] is True for row in rows)

@@ -39,7 +39,7 @@ OURS = {
     "terminal": set(),
     "help": set(),
     "testing": {"core", "solvers", "adjoints", "models"},
-    "check": {"config", "schema", "terminal", "testing"},
+    "check": {"config", "report", "schema", "terminal", "testing"},
     "train": {"core", "adjoints", "models", *WORLD},
     "bench": {"core", "train", "report", *WORLD},
     "cli": {"__init__", "config", "schema", "help", "data", "terminal", "check", "train", "bench", "words",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -11,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import clock, config, machine, record
+from .. import clock, config, machine, record, terminal
 from ..device import Device
 from ..lock import RunLock
 from ..log import Sink
@@ -110,7 +113,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
                if row.label in samples.rows and samples.rounds]  # fmt: skip
     found = comparisons(figures) if len(figures) > 1 else []
     table = _table(figures, samples.failed)
-    circumstances = _print(rows, samples, found, table, rec, unsettled, k)
+    circumstances = _print(rows, samples, found, figures, table, rec, unsettled, k)
     rec["steps"] = samples.rounds * k
     rec["timing"]["cold_s"] = sum(row.warm.cold_s for row in rows if row.warm)
     rec["memory"]["peak_mib"] = machine.peak_memory_mib(rows[0].device.torch)
@@ -196,8 +199,8 @@ def _sentence(c: Comparison) -> str:
     return text + paper
 
 
-def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparison], table: Table,
-           rec: dict[str, Any], unsettled: Sequence[str], k: int) -> str:  # fmt: skip
+def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparison], figures: Sequence[Figures],
+           table: Table, rec: dict[str, Any], unsettled: Sequence[str], k: int) -> str:  # fmt: skip
     env = rec["environment"]
     shared = "same data, batch and threads, interleaved"
     names = " · ".join(row.label for row in rows)
@@ -212,12 +215,16 @@ def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparis
         lines.append(("warm", f"{', '.join(unsettled)} not settled within 2 % after 10 passes"))
     for label, text in lines:
         say(label, text)
-    print(tables.text(*table))
+    if terminal.format == "json":  # numbers, not what is written for a reader
+        both = {"rows": [_row(f) for f in figures], "ratios": [c.record() for c in found]}
+        print(json.dumps(record.plain(both), indent=1))
+    else:
+        tables.show(*table, spare=["params", "capped", "residual", "predict"])
     say("", "×floor: a step's time over (calls of f and VJPs × the price of one alone) · capped: solves not converged")
     for label, error in samples.failed.items():
         say("failed", f"{label}: {error}")
-    if found:
-        print(tables.text(["", "paired by round, 95 %", "", "here", "", "", "", ""], [_cells(c) for c in found]))
+    if found and terminal.format != "json":
+        _print_ratios([_cells(c) for c in found])
     told: set[frozenset[str]] = set()
     for c in found:  # a pair is explained once, by its training time
         pair = frozenset((c.slower.label, c.faster.label))
@@ -227,6 +234,28 @@ def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparis
     for c in sorted((c for c in found if c.ratio.n >= clock.MIN_ROUNDS), key=lambda c: c.measure != "train")[:1]:
         say("say", f'"{_sentence(c)}"')
     return "\n".join(f"- {label}: {text}" for label, text in lines)
+
+
+RATIO_COLUMNS = ["id", "pair", "measure", "ratio", "95 %", "verdict", "paper", "caveat"]
+
+
+def _print_ratios(cells: Sequence[Sequence[str]]) -> None:
+    """On a terminal too narrow for whole lines the paper's figure and the caveat stand below the rest."""
+    if terminal.format != "text":
+        print()
+        tables.show(RATIO_COLUMNS, cells)
+        return
+    heads = ["", "paired by round, 95 %", "", "here", "", "", "", ""]
+    lines = tables.text(heads, cells).splitlines()
+    if not sys.stdout.isatty() or max(map(len, lines)) <= shutil.get_terminal_size().columns:
+        print(*lines, sep="\n")
+        return
+    head, *short = tables.text(heads[:6], [row[:6] for row in cells]).splitlines()
+    print(head)
+    for line, row in zip(short, cells):
+        print(line)
+        if beside := "  ".join(filter(None, row[6:])):
+            print(f"{'':8}{beside}")
 
 
 def _row(f: Figures) -> dict[str, Any]:
