@@ -312,7 +312,7 @@ def _sync(args: list[str]) -> int:
     words, flags, options = plain(args, "sync", ("--force", "--offline"), records="runs", project="", entity="")
     from .sync import named, sync
 
-    folders = [folder for top in options["records"] for folder in named(Path(top), words)]
+    folders = named([Path(folder) for folder in options["records"]], words)
     mode = "offline" if "--offline" in flags else "auto"
     project, entity = (options[key][0] or None for key in ("project", "entity"))
     return sync(folders, mode, project, entity, force="--force" in flags)

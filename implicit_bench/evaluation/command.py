@@ -21,7 +21,7 @@ from ..report import plots, tables
 from ..runs import Run, restore, trusted
 from ..schema import UsageError
 from ..terminal import Bar, number, say, share
-from .look import COLUMNS, Forward, allows, blurred, look, noisy, spectral_radius, within
+from .look import COLUMNS, Forward, blurred, look, noisy, spectral_radius, within
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -110,17 +110,17 @@ def _measure(model: Classifier, batches: Batches, device: Device, settings: Sett
              run: Run) -> dict[str, Any]:  # fmt: skip
     """Every pass, with a bar over them."""
     layer = model.layer
-    calls: int = layer.init.calls
     std = torch.tensor(dataset.std).view(1, -1, 1, 1).to(device.torch)
     passes: list[tuple[str, Forward]] = [("as trained", model)]
-    passes += [(f"{k} step{'s' * (k != 1)}", within(model, k)) for k in settings.steps if allows(model, k)]
+    if isinstance(layer.stop, Residual):  # an ODE stopped early is nothing, an untied or fixed depth is itself
+        passes += [(f"{k} step{'s' * (k != 1)}", within(model, k)) for k in settings.steps]
     passes += [(f"noise {sd:g}", noisy(model, sd, std)) for sd in settings.noise]
     passes += [(f"blur {sd:g}", blurred(model, sd)) for sd in settings.blur]
     bar = Bar(len(passes), "passes")
     seen = {}
     try:
         for k, (name, forward) in enumerate(passes):
-            seen[name] = look(forward, batches(), 0 if name == "0 steps" and not calls else calls, device)
+            seen[name] = look(forward, batches(), layer.init.calls, device)
             bar.at(k + 1, lambda name=name: name)
     finally:
         bar.close()
