@@ -9,11 +9,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .help import HELP, PROG, USAGE
 from .schema import UsageError, first_line, nearest
 from .words import Words, plain, split
+
+if TYPE_CHECKING:
+    from . import config
 
 
 class JobFailed(Exception):
@@ -140,16 +143,30 @@ def _show(command: str, words: Words) -> int:
 # ------------------------------------------------------------------------------------------------------- commands
 
 
-def _train(args: list[str]) -> int:
+def _composing(task: Callable[[Words], int]) -> Callable[[list[str]], int]:
+    """The command of a task, which Hydra's flags and plan=true ask something about instead of doing it."""
+
+    def command(args: list[str]) -> int:
+        words = split(args)
+        name = task.__name__.removeprefix("_")
+        if words.flags:
+            return _show(name, words)
+        return _plan(name, words) if words.plan else task(words)
+
+    return command
+
+
+def _jobs(command: str, words: Words) -> list[config.Composed]:
     from . import config
 
-    words = split(args)
-    if words.flags:
-        return _show("train", words)
-    if words.plan:
-        return _plan("train", words)
+    return config.compose_all(command, config.expand(words.overrides, words.search), words.search)
+
+
+def _train(words: Words) -> int:
     if words.multirun:
         return _sweep(words)
+    from . import config
+
     job = config.compose("train", words.overrides, words.search)
     from .train.command import train
 
@@ -157,10 +174,7 @@ def _train(args: list[str]) -> int:
 
 
 def _plan(command: str, words: Words) -> int:
-    from . import config
-
-    rows = config.expand(words.overrides, words.search)
-    jobs = config.compose_all(command, rows, words.search)
+    jobs = _jobs(command, words)
     from . import plan
 
     if command == "train":
@@ -205,29 +219,16 @@ def train_task(cfg: Any) -> float | None:
     return outcomes[0].record["metrics"]["test_acc"]
 
 
-def _bench(args: list[str]) -> int:
-    from . import config
-
-    words = split(args)
-    if words.flags:
-        return _show("bench", words)
-    if words.plan:
-        return _plan("bench", words)
-    rows = config.expand(words.overrides, words.search)
-    jobs = config.compose_all("bench", rows, words.search)
+def _bench(words: Words) -> int:
+    jobs = _jobs("bench", words)
     from .bench.command import bench
 
     return bench(jobs, words.overrides)
 
 
-def _data(args: list[str]) -> int:
+def _data(words: Words) -> int:
     from . import config
 
-    words = split(args)
-    if words.flags:
-        return _show("data", words)
-    if words.plan:
-        return _plan("data", words)
     rows = config.expand(words.overrides, words.search)
     if named := any(word.partition("=")[0].split(".")[0] == "dataset" for word in words.overrides):
         jobs = config.compose_all("data", rows, words.search)
@@ -253,29 +254,15 @@ def _data(args: list[str]) -> int:
     return 0
 
 
-def _eval(args: list[str]) -> int:
-    from . import config
-
-    words = split(args)
-    if words.flags:
-        return _show("eval", words)
-    if words.plan:
-        return _plan("eval", words)
-    jobs = config.compose_all("eval", config.expand(words.overrides, words.search), words.search)
+def _eval(words: Words) -> int:
+    jobs = _jobs("eval", words)
     from .evaluation.command import evaluate
 
     return max([evaluate(job, words.search) for job in jobs])
 
 
-def _check(args: list[str]) -> int:
-    from . import config
-
-    words = split(args)
-    if words.flags:
-        return _show("check", words)
-    if words.plan:
-        return _plan("check", words)
-    jobs = config.compose_all("check", config.expand(words.overrides, words.search), words.search)
+def _check(words: Words) -> int:
+    jobs = _jobs("check", words)
     from .check import check
 
     return max([check(job) for job in jobs])
@@ -325,6 +312,6 @@ def _completion(args: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "eval": _eval, "bench": _bench, "check": _check, "data": _data, "list": _list, "runs": _runs,
-    "sync": _sync, "doctor": _doctor, "completion": _completion,
+    **{task.__name__.removeprefix("_"): _composing(task) for task in (_train, _eval, _bench, _check, _data)},
+    "list": _list, "runs": _runs, "sync": _sync, "doctor": _doctor, "completion": _completion,
 }  # fmt: skip

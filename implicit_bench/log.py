@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from .mirror import MARKER, content, marker, run_name, sweep
 from .record import METRICS, flat
@@ -22,7 +22,7 @@ Values = Mapping[str, Any]  # METRICS keys, or any: dots and nested dicts become
 GROUPS = ("model", "network", "init", "solver", "stop", "adjoint", "penalty", "dataset")
 
 
-class Sink(Protocol):
+class Sink:
     """`start`, then rows; `finish` in a finally, with the run's exit code. None raises; only wait and finish wait."""
 
     def start(self, record: Values, folder: Path, *, resume: bool = False) -> None: ...
@@ -35,20 +35,11 @@ class Sink(Protocol):
     def finish(self, exit_code: int = 0) -> None: ...
 
 
-class NoSink:
+class NoSink(Sink):
     """logger=none."""
 
-    def start(self, record: Values, folder: Path, *, resume: bool = False) -> None: ...
-    def wait(self, seconds: float) -> None: ...
-    def hold(self) -> None: ...
-    def log(self, row: Values, step: int) -> None: ...
-    def summary(self, values: Values) -> None: ...
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
-    def image(self, name: str, path: str | Path) -> None: ...
-    def finish(self, exit_code: int = 0) -> None: ...
 
-
-class Wandb:
+class Wandb(Sink):
     """Weights & Biases, in a thread of its own: importing and starting it takes seconds, an unreachable server tens.
 
     mode=auto is online where a key is configured and accepted, else offline (in FOLDER/wandb, for `sync`), unless
