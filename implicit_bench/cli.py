@@ -16,7 +16,7 @@ from .schema import UsageError, first_line, nearest
 from .words import Words, plain, split
 
 if TYPE_CHECKING:
-    from .config import Composed
+    from . import config
 
 
 class JobFailed(Exception):
@@ -143,24 +143,26 @@ def _show(command: str, words: Words) -> int:
 # ------------------------------------------------------------------------------------------------------- commands
 
 
-Run = Callable[["list[Composed]", Words], int]
+def _composing(task: Callable[[Words], int]) -> Callable[[list[str]], int]:
+    """The command of a task, which Hydra's flags and plan=true ask something about instead of doing it."""
+
+    def command(args: list[str]) -> int:
+        words = split(args)
+        name = task.__name__.removeprefix("_")
+        if words.flags:
+            return _show(name, words)
+        return _plan(name, words) if words.plan else task(words)
+
+    return command
 
 
-def _composing(command: str, args: list[str], run: Run) -> int:
-    """What every command that composes shares: Hydra's flags, plan=true, the jobs that the words name."""
-    words = split(args)
-    if words.flags:
-        return _show(command, words)
+def _jobs(command: str, words: Words) -> list[config.Composed]:
     from . import config
 
-    jobs = config.compose_all(command, config.expand(words.overrides, words.search), words.search)
-    return _plan(command, jobs, words) if words.plan else run(jobs, words)
+    return config.compose_all(command, config.expand(words.overrides, words.search), words.search)
 
 
-def _train(args: list[str]) -> int:
-    words = split(args)
-    if words.flags or words.plan:
-        return _composing("train", args, lambda jobs, words: 0)
+def _train(words: Words) -> int:
     if words.multirun:
         return _sweep(words)
     from . import config
@@ -171,7 +173,10 @@ def _train(args: list[str]) -> int:
     return train(job, words.overrides).exit_code
 
 
-def _plan(command: str, jobs: list[Composed], words: Words) -> int:
+def _plan(command: str, words: Words) -> int:
+    if command == "data":
+        return _data(words)
+    jobs = _jobs(command, words)
     from . import plan
 
     if command == "train":
@@ -216,41 +221,18 @@ def train_task(cfg: Any) -> float | None:
     return outcomes[0].record["metrics"]["test_acc"]
 
 
-def _bench(args: list[str]) -> int:
-    def run(jobs: list[Composed], words: Words) -> int:
-        from .bench.command import bench
+def _bench(words: Words) -> int:
+    jobs = _jobs("bench", words)
+    from .bench.command import bench
 
-        return bench(jobs, words.overrides)
-
-    return _composing("bench", args, run)
+    return bench(jobs, words.overrides)
 
 
-def _eval(args: list[str]) -> int:
-    def run(jobs: list[Composed], words: Words) -> int:
-        from .evaluation.command import evaluate
-
-        return max([evaluate(job, words.search) for job in jobs])
-
-    return _composing("eval", args, run)
-
-
-def _check(args: list[str]) -> int:
-    def run(jobs: list[Composed], words: Words) -> int:
-        from .check import check
-
-        return max([check(job) for job in jobs])
-
-    return _composing("check", args, run)
-
-
-def _data(args: list[str]) -> int:
+def _data(words: Words) -> int:
     """Fetch what is named; tell of all, or with plan=true of those, what is there and what it would cost."""
     from . import config
 
-    words = split(args)
     named = any(word.partition("=")[0].split(".")[0] == "dataset" for word in words.overrides)
-    if words.flags:
-        return _show("data", words)
     rows = config.expand(words.overrides, words.search)
     if not named:
         names = sorted({path.stem for folder in (config.config_dir(), *map(Path, words.search))
@@ -271,6 +253,20 @@ def _data(args: list[str]) -> int:
     mb = dict.fromkeys(("MB", "to fetch, MB"), lambda n: "?" if n is None else f"{n:,.0f}" if n else "–")
     tables.show(["data set", "state", "MB", "to fetch, MB", "folder", "how"], table, mb, spare=["how", "folder"])
     return 0
+
+
+def _eval(words: Words) -> int:
+    jobs = _jobs("eval", words)
+    from .evaluation.command import evaluate
+
+    return max([evaluate(job, words.search) for job in jobs])
+
+
+def _check(words: Words) -> int:
+    jobs = _jobs("check", words)
+    from .check import check
+
+    return max([check(job) for job in jobs])
 
 
 def _list(args: list[str]) -> int:
@@ -304,7 +300,7 @@ def _sync(args: list[str]) -> int:
     words, flags, options = plain(args, "sync", ("--force", "--offline"), records="runs", project="", entity="")
     from .sync import named, sync
 
-    folders = [folder for top in options["records"] for folder in named(Path(top), words)]
+    folders = named([Path(folder) for folder in options["records"]], words)
     mode = "offline" if "--offline" in flags else "auto"
     project, entity = (options[key][0] or None for key in ("project", "entity"))
     return sync(folders, mode, project, entity, force="--force" in flags)
@@ -317,6 +313,6 @@ def _completion(args: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "eval": _eval, "bench": _bench, "check": _check, "data": _data, "list": _list, "runs": _runs,
-    "sync": _sync, "doctor": _doctor, "completion": _completion,
+    **{task.__name__.removeprefix("_"): _composing(task) for task in (_train, _eval, _bench, _check, _data)},
+    "list": _list, "runs": _runs, "sync": _sync, "doctor": _doctor, "completion": _completion,
 }  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import config_dir, plural
+from .record import flat
 from .schema import GROUPS, UsageError, nearest
 from .terminal import FORMATS
 
@@ -126,23 +127,15 @@ def _keys(command: str, given: Sequence[str], folders: Sequence[Path]) -> dict[s
     groups = [g for d in primary.get("defaults", ()) if isinstance(d, dict) for g in d]
     if "train" in primary.get("defaults", ()):
         found |= _keys("train", given, folders)
-    found |= {k: v for k, v in _flat(primary).items() if k.partition(".")[0] not in ("defaults", "hydra")}
+    found |= {k: v for k, v in flat(primary).items() if k.partition(".")[0] not in ("defaults", "hydra")}
     chosen = dict(w.split("=", 1) for w in given if "=" in w)
     for group in (g for g in groups if g in GROUPS):
         found[group] = None
         for name in [chosen[group]] if chosen.get(group) in _options(group, folders) else _options(group, folders):
             paths = [folder / group / f"{name}.yaml" for folder in folders]
             content = next((_yaml(p) for p in reversed(paths) if p.exists()), {})
-            flat = _flat(content)
             if "_target_" in content:
-                found |= {f"{group}.{k}": v for k, v in flat.items() if not k.endswith("_target_")}
-    return found
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+                found |= {f"{group}.{k}": v for k, v in flat(content).items() if not k.endswith("_target_")}
     return found
 
 

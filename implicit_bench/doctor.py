@@ -38,11 +38,10 @@ class Finding(NamedTuple):
 
 
 def examine(runs: Path, data: Path) -> list[Finding]:
-    """Look at everything, which takes some four seconds."""
+    """Look at everything, which takes some five seconds."""
     progress("doctor", "looking around and measuring for a few seconds")
-    load = _load()
-    found = []
-    for name, look in [*CHECKS.items(), ("load", lambda *_: load)]:
+    found: list[Finding] = []
+    for name, look in CHECKS.items():
         try:
             found += list(look(Path(runs), Path(data)))
         except Exception as error:
@@ -162,7 +161,7 @@ def _cgroup(name: str) -> Iterator[str]:
         lines = (_PROC / "self/cgroup").read_text().splitlines()
         place = next((line.partition("::")[2] for line in lines if "::" in line), "/")
     folder = _CGROUP
-    for part in filter(None, ("cpu" if name.startswith("cpu.cfs") else ".", *place.split("/"))):
+    for part in (".", *filter(None, place.split("/"))):
         folder = folder / part
         with suppress(OSError):
             yield (folder / name).read_text().strip()
@@ -173,10 +172,9 @@ def cores() -> tuple[float, str]:
     limits = {"": float(os.cpu_count() or 1)}
     if hasattr(os, "sched_getaffinity"):
         limits["its affinity"] = float(len(os.sched_getaffinity(0)))
-    old = [*_cgroup("cpu.cfs_quota_us"), *_cgroup("cpu.cfs_period_us")]  # of version 1
-    for quota in (old, *(text.split() for text in _cgroup("cpu.max"))):
-        if len(quota) == 2 and quota[0] not in ("max", "-1"):
-            here = float(quota[0]) / float(quota[1])
+    for quota, period in (text.split() for text in _cgroup("cpu.max")):
+        if quota != "max":
+            here = float(quota) / float(period)
             limits["its control group"] = min(here, limits.get("its control group", here))
     why = min(limits, key=lambda key: limits[key])
     return limits[why], why
@@ -196,24 +194,15 @@ def _cores(*_: Path) -> Iterator[Finding]:
                  f"unset {' and '.join(low)}, which hold back scripts of your own", bool(low))  # fmt: skip
 
 
-def _load() -> Iterator[Finding]:
-    """Begun before the checks and read after them, since it takes a second or more; our own work does not count."""
-    with suppress(Exception):  # no torch, no load average: `load` says that it cannot be told
-        from .machine import Alone
+def _load(*_: Path) -> Iterator[Finding]:
+    from .machine import Alone
 
-        alone, before = Alone(), os.getloadavg()[0]
-
-    def read() -> Iterator[Finding]:
-        try:
-            busy, average = alone.others_cores(), before
-        except NameError:
-            yield Finding("load", "ok", "who else is at work cannot be told here")
-            return
-        text = f"load average {average:.1f} before this began" if busy is None else f"others keep {busy:.1f} cores busy"
-        yield _found("load", text, "wait for them before timing anything, for a bench would say: NOT alone",
-                     average > 0.5 if busy is None else busy >= 0.1)  # fmt: skip
-
-    return read()
+    alone, average = Alone(), os.getloadavg()[0]
+    time.sleep(1.1)  # less cannot be told
+    busy = alone.others_cores()
+    text = f"load average {average:.1f}" if busy is None else f"others keep {busy:.1f} cores busy"
+    yield _found("load", text, "wait for them before timing anything, for a bench would say: NOT alone",
+                 average > 0.5 if busy is None else busy >= 0.1)  # fmt: skip
 
 
 def _memory(*_: Path) -> Iterator[Finding]:
@@ -309,6 +298,7 @@ def _wandb(runs: Path, data: Path) -> Iterator[Finding]:
 
 
 CHECKS: dict[str, Callable[[Path, Path], Iterator[Finding]]] = {
-    "packages": _packages, "configs": _configs, "torch": _torch, "torchvision": _torchvision, "cores": _cores,
-    "memory": _memory, "allocator": _allocator, "peak": _peak, "places": _places, "data set": _data, "wandb": _wandb,
+    "packages": _packages, "configs": _configs, "torch": _torch, "torchvision": _torchvision, "load": _load,
+    "cores": _cores, "memory": _memory, "allocator": _allocator, "peak": _peak, "places": _places,
+    "data set": _data, "wandb": _wandb,
 }  # fmt: skip

@@ -174,7 +174,7 @@ exit    0 all are there · 1 one that should be is not · 2 usage
 usage: {PROG} doctor [records=DIR] [data=DIR] [format=text|md|csv|json]
 
 Cores, GPU, torch's build, threads, the allocator, GFLOP/s of convolutions and matrix products, free disk, the data sets
-that are there, Weights & Biases, optional extras. Takes some four seconds and changes nothing.
+that are there, Weights & Biases, optional extras. Takes some five seconds and changes nothing.
 
 examples
   {PROG} doctor

@@ -7,21 +7,22 @@ import copy
 import json
 import os
 import queue
+import re
 import shlex
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from .mirror import MARKER, content, marker, run_name, sweep
-from .record import METRICS, slashed
+from .record import METRICS, flat
 
 Values = Mapping[str, Any]  # METRICS keys, or any: dots and nested dicts become slashes
 GROUPS = ("model", "network", "init", "solver", "stop", "adjoint", "penalty", "dataset")
 
 
-class Sink(Protocol):
+class Sink:
     """`start`, then rows; `finish` in a finally, with the run's exit code. None raises; only wait and finish wait."""
 
     def start(self, record: Values, folder: Path, *, resume: bool = False) -> None: ...
@@ -34,20 +35,11 @@ class Sink(Protocol):
     def finish(self, exit_code: int = 0) -> None: ...
 
 
-class NoSink:
+class NoSink(Sink):
     """logger=none."""
 
-    def start(self, record: Values, folder: Path, *, resume: bool = False) -> None: ...
-    def wait(self, seconds: float) -> None: ...
-    def hold(self) -> None: ...
-    def log(self, row: Values, step: int) -> None: ...
-    def summary(self, values: Values) -> None: ...
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
-    def image(self, name: str, path: str | Path) -> None: ...
-    def finish(self, exit_code: int = 0) -> None: ...
 
-
-class Wandb:
+class Wandb(Sink):
     """Weights & Biases, in a thread of its own: importing and starting it takes seconds, an unreachable server tens.
 
     mode=auto is online where a key is configured and accepted, else offline (in FOLDER/wandb, for `sync`), unless
@@ -98,8 +90,8 @@ class Wandb:
         self._put(lambda: self._run.log(values))
 
     def summary(self, values: Values) -> None:
-        flat = _flat(values)
-        self._put(lambda: self._run.summary.update(flat))
+        found = _flat(values)
+        self._put(lambda: self._run.summary.update(found))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         def job() -> None:
@@ -264,14 +256,17 @@ class Wandb:
 
 
 def choices(config: Values) -> dict[str, str]:
-    """What each config group was set to: its `name`, else its class in lower case; of penalties, all there are."""
+    """What each config group was set to: its `name`, else its class as it is called there (EndTime is end_time); of
+    penalties, all there are."""
     found = {}
     for group in GROUPS:
         value = config.get(group)
         if group == "penalty" and isinstance(value, Mapping):
             found[group] = "+".join(value)
         elif isinstance(value, Mapping):
-            found[group] = str(value.get("name") or str(value.get("_target_", "")).rpartition(".")[2].lower())
+            words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", value.get("_target_", ""))
+            foreign = "torchdiffeq/" + value["method"] if words.endswith("Torch_Diffeq") else ""
+            found[group] = value.get("name") or foreign or words.rpartition(".")[2].lower()
     return {group: name for group, name in found.items() if name}
 
 
@@ -282,14 +277,14 @@ def leave(exit_code: int) -> None:
     os._exit(exit_code)
 
 
+def slashed(key: str) -> str:
+    """A metric's name in W&B: timing.step_ms -> timing/step_ms."""
+    return key.replace(".", "/")
+
+
 def _flat(values: Values) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{slashed(key)}/{rest}": item for rest, item in _flat(value).items()})
-        elif value is not None:
-            flat[slashed(key)] = value.item() if getattr(value, "ndim", None) == 0 else value
-    return flat
+    return {slashed(key): value.item() if getattr(value, "ndim", None) == 0 else value
+            for key, value in flat(values).items() if value is not None and not isinstance(value, Mapping)}  # fmt: skip
 
 
 def _line(error: Exception) -> str:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from . import config, machine, record
-from .bench.command import seconds
+from .bench.command import agreed
 from .bench.rows import labels, steps_a_round
 from .device import Device
 from .record import RecordError
 from .report import tables
 from .terminal import Bar, duration, say
-from .train import Step
+from .train import Step, checkpoint
 
 STEPS = 4  # the first of them warms up
 
@@ -33,7 +33,7 @@ def plan_training(jobs: Sequence[config.Composed]) -> int:
         rec = _record(folder)
         state = "to do" if rec is None else "begun" if rec["status"] == "running" else rec["status"]
         steps = clock.steps(job)
-        taken = rec["steps"] if rec and state in ("begun", "interrupted") else 0
+        taken = _saved(folder) if folder and state != "done" else 0
         left = None if steps is None else steps - taken
         name = record.folder_name(cfg["model"]["name"], job.choices["dataset"], cfg["seed"], run_id)
         if state == "done" and not cfg["force"]:
@@ -54,9 +54,9 @@ def plan_training(jobs: Sequence[config.Composed]) -> int:
 
 def plan_bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
     """A line a row: ms a step as measured now, and the time of warm-up and rounds."""
-    budget, rounds = seconds(jobs[0].config["time"]), jobs[0].config["rounds"]
+    budget, rounds, devices, _ = agreed(jobs, words)
     clock = Pace(jobs)
-    steps = [clock.step_ms(job, config.make(job.config["gpu"], "gpu")) for job in jobs]
+    steps = [clock.step_ms(job, device) for job, device in zip(jobs, devices)]
     clock.close()
     k = steps_a_round([ms for ms, _ in steps])
     rows, total = [], 0.0
@@ -88,6 +88,12 @@ def _record(folder: Path | None) -> dict[str, Any] | None:
         return record.read_record(folder) if folder and (folder / "record.json").exists() else None
     except RecordError:
         return None
+
+
+def _saved(folder: Path) -> int:
+    """The step that the same command would go on from; the record of a killed run does not know."""
+    found = checkpoint.load(folder, torch.device("cpu"), lambda line: None)
+    return found["step"] if found else 0
 
 
 class Pace:
@@ -137,7 +143,7 @@ class Pace:
 def _pace(cfg: dict[str, Any]) -> str:
     """What decides how long a step takes: not the seed, nor how many steps there are."""
     kept = {k: cfg.get(k) for k in ("network", "init", "solver", "stop", "adjoint", "penalty", "field", "gpu")}
-    shape = {k: v for k, v in cfg["dataset"].items() if k in ("_target_", "name")}
+    shape = {k: v for k, v in cfg["dataset"].items() if k not in ("val_size", "val_seed", "mean", "std", "flip", "pad")}
     return json.dumps([kept, shape, cfg["recipe"]["batch"]], sort_keys=True, default=str)
 
 

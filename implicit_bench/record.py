@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -67,9 +68,12 @@ METRICS = (
 )  # fmt: skip
 
 
-def slashed(key: str) -> str:
-    """A metric's name in W&B: timing.step_ms -> timing/step_ms."""
-    return key.replace(".", "/")
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
 
 
 def run_id(config: Mapping[str, Any]) -> str:
@@ -141,6 +145,14 @@ def find(runs_dir: str | Path, text: str, command: str | None = None) -> Path:
     near = difflib.get_close_matches(text, [*map(name_of, ids), *ids.values()], n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}" if near else "implicit-bench runs lists them" if ids else "there are none yet"
     raise RecordError(f"no run {text!r} in {runs_dir}; {hint}")
+
+
+def pick(dirs: Sequence[Path], text: str) -> Path:
+    """`find` in the first of several folders that has it."""
+    for top in dirs[:-1]:
+        with contextlib.suppress(RecordError):
+            return find(top, text)
+    return find(dirs[-1], text)
 
 
 def lookup(runs_dir: str | Path, run_id: str) -> Path | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import lock, log, record, schema
-from .record import METRICS, RecordError
+from .record import METRICS, RecordError, flat
 from .report import tables
 from .schema import UsageError, nearest
 from .terminal import number, say, share
@@ -85,17 +85,6 @@ def records(dirs: str | Path | Iterable[str | Path] = "runs") -> pandas.DataFram
          "record": rec}
         for rec in record.records(folders)
     ])  # fmt: skip
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def restore(run: Run, device: Device, trust: Sequence[str] = ()) -> Classifier:
@@ -180,16 +169,16 @@ def _matches(word: str, name: str, rec: Mapping[str, Any]) -> bool:
     if (picked := log.choices(config)).get(key) is not None:
         return picked[key] == value
     settings = flat(config)
-    return key in settings and (str(settings[key]) == value or _same_number(settings[key], value))
+    return key in settings and _same(settings[key], value)
 
 
-def _same_number(a: Any, b: str) -> bool:
-    if isinstance(a, bool):
-        return str(a).lower() == b
+def _same(a: Any, b: str) -> bool:
+    if isinstance(a, bool) or a is None:
+        return {True: "true", False: "false", None: "null"}[a] == b
     try:
         return float(a) == float(b)
     except (TypeError, ValueError):
-        return False
+        return str(a) == b
 
 
 def _list(words: Sequence[str], dirs: Sequence[Path]) -> int:
@@ -224,22 +213,13 @@ def age(seconds: float) -> str:
     return f"{max(0, seconds):.0f} s"
 
 
-def pick(dirs: Sequence[Path], word: str) -> Path:
-    """The run folder (or record file) that a word names, in any of the folders."""
-    problems = []
-    for top in dirs:
-        try:
-            return record.find(top, word)
-        except RecordError as error:
-            problems.append(str(error))
-    raise RecordError(problems[0])
-
-
 def _diff(words: Sequence[str], dirs: Sequence[Path]) -> int:
     if len(words) != 2:
         raise UsageError("runs diff wants two runs, such as: implicit-bench runs diff last skip_deq-digits")
-    paths = [pick(dirs, word) for word in words]
+    paths = [record.pick(dirs, word) for word in words]
     recs, names = [record.read_record(path) for path in paths], [record.name_of(path) for path in paths]
+    if names[0] == names[1]:  # a run and its copy among the results
+        names = [str(path) for path in paths]
     if recs[0]["command"] != recs[1]["command"]:
         kinds = " and ".join(f"{name} is a {rec['command']}" for name, rec in zip(names, recs))
         raise UsageError(f"{kinds}; runs diff compares two of one kind")
@@ -266,7 +246,7 @@ def _diff(words: Sequence[str], dirs: Sequence[Path]) -> int:
 
 def _ratios(rec: Mapping[str, Any]) -> dict[str, float]:
     """What a bench found."""
-    return {f"ratio.{r['measure']} {r['slower']} / {r['faster']}": r["value"] for r in rec.get("ratios", ())}
+    return {f"ratio.{r['measure']} {r['numerator']} / {r['denominator']}": r["value"] for r in rec.get("ratios", ())}
 
 
 def _short(value: Any) -> str:
@@ -279,8 +259,11 @@ def _short(value: Any) -> str:
 def _remove(words: Sequence[str], dirs: Sequence[Path], yes: bool) -> int:
     if not words:
         raise UsageError("runs rm wants the runs to remove, by id or any unique prefix")
-    folders = list(dict.fromkeys(pick(dirs, word) for word in words))
+    folders = list({path.resolve(): path for path in (record.pick(dirs, word) for word in words)}.values())
     for folder in folders:
+        if folder.is_symlink() or not folder.is_dir():
+            kind = "a link" if folder.is_symlink() else "a record without a run's folder"
+            raise RecordError(f"{folder} is {kind}, which runs rm leaves alone; nothing was removed")
         if owner := lock.owner(folder):
             raise RecordError(f"{folder} is being written by process {owner['pid']} on {owner['host']}; stop it first")
     size = sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) / 2**20

@@ -24,7 +24,7 @@ PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type,
     "progress.log_steps": (int, 1), "progress.save_s": (float, 0), "paths.runs": (str, 0), "paths.data": (str, 0),
     "loader.workers": (int | Literal["auto"], 0),
     "run": (str, 0), "plot": (bool, 0), "eval.split": (Literal["train", "val", "test"], 0),
-    "eval.images": (int | None, 0), "eval.batch": (int, 1), "eval.steps": (list[int], 0),
+    "eval.images": (int | None, 1), "eval.batch": (int, 1), "eval.steps": (list[int], 0),
     "eval.noise": (list[float], 0), "eval.blur": (list[float], 0), "eval.solvers": (list[str], 0),
     "eval.radius_images": (int, 0), "rounds": (Any, 0), "time": (Any, 0),  # bench says more of these two than a type
 }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from .lock import RunLock, RunLocked
 from .log import Sink, Wandb, leave
 from .mirror import content, key_source, marker, run_name, sweep
-from .record import RecordError, find, read_jsonl, read_record, scalars
+from .record import RecordError, pick, read_jsonl, read_record, scalars
 from .terminal import say
 
 EXIT = {"done": 0, "failed": 1, "interrupted": 130}
@@ -50,13 +50,13 @@ class Resend(Wandb):
             atexit.register(leave, 1)
 
 
-def named(runs: Path, names: Sequence[str]) -> list[Path]:
+def named(dirs: Sequence[Path], names: Sequence[str]) -> list[Path]:
     """The folders of the runs that go by these names; of every run where none is given. Raises RecordError."""
     if names:
-        return [find(runs, name) for name in names]
-    folders = sorted(path.parent for path in Path(runs).glob("*/record.json"))
+        return [pick(dirs, name) for name in names]
+    folders = [path.parent for top in dirs for path in sorted(top.glob("*/record.json"))]
     if not folders:
-        raise RecordError(f"there are no runs in {runs}; paths.runs=DIR says where they are")
+        raise RecordError(f"there are no runs in {' and '.join(map(str, dirs))}; records=DIR says where they are")
     return folders
 
 

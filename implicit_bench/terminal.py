@@ -52,13 +52,8 @@ def say(label: str, text: str, *, err: bool = False) -> None:
         lines = [part for line in lines for part in _wrapped(line, width)]
     first, *rest = lines
     style = label if not label or not _colour(stream) else f"\033[1m{label}\033[0m"
-    print(
-        f"{style}{' ' * (8 - len(label))}{first}",
-        *(f"{INDENT}{line}" for line in rest),
-        sep="\n",
-        file=stream,
-        flush=True,
-    )
+    text = "\n".join([f"{style}{' ' * (8 - len(label))}{first}", *(f"{INDENT}{line}" for line in rest)])
+    print(text, file=stream, flush=True)
 
 
 def hanging(head: str, text: str) -> str:
@@ -83,17 +78,11 @@ def _colour(stream: Any) -> bool:
 def card(rows: Sequence[tuple[bool, str, str]]) -> None:
     """`✓ name  sentence` or `✗ name  sentence`, a line each; on a terminal the sentences have a column of their own."""
     width = max(len(name) for _, name, _ in rows)
-    if not sys.stdout.isatty():
-        print(*(f"  {'✓' if good else '✗'} {name:<{width}}  {text}" for good, name, text in rows), sep="\n", flush=True)
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2, 0, 0))
     for good, name, text in rows:
-        table.add_row(Text.assemble("  ", ("✓", "green") if good else ("✗", "bold red"), f" {name}"), Text(text))
-    Console().print(table)
+        line = hanging(f"  {'✓' if good else '✗'} {name:<{width}}  ", text)
+        if _colour(sys.stdout):
+            line = line.replace("✓", "\033[32m✓\033[0m", 1) if good else line.replace("✗", "\033[1;31m✗\033[0m", 1)
+        print(line, flush=True)
 
 
 def duration(seconds: float) -> str:

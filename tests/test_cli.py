@@ -19,7 +19,8 @@ import yaml
 
 from implicit_bench import __version__, cli, config, schema
 from implicit_bench.cli import COMMANDS, HELP, USAGE, main
-from implicit_bench.record import METRICS, read_record, slashed
+from implicit_bench.log import slashed
+from implicit_bench.record import METRICS, read_record
 from implicit_bench.terminal import say
 
 CONFIGS = Path(__file__).parent.parent / "configs"

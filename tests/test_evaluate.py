@@ -14,7 +14,7 @@ from implicit_bench.adjoints import IFT
 from implicit_bench.cli import main
 from implicit_bench.core import Residual
 from implicit_bench.device import Device
-from implicit_bench.evaluation.look import spectral_radius
+from implicit_bench.evaluation.look import blurred, spectral_radius
 from implicit_bench.models import Classifier, ImplicitLayer, Zero
 from implicit_bench.runs import restore, trusted
 from implicit_bench.schema import UsageError
@@ -79,6 +79,14 @@ def test_noise_and_blur_are_in_the_units_they_claim(trained, monkeypatch, capsys
     again = list(seen)
     evaluated(capsys, trained, "neural_ode", "eval.noise=0.5", "eval.blur=[]", "eval.steps=[]")
     assert torch.equal(seen[len(again) + 1], noisy)  # the same noise each time
+
+
+def test_a_wide_blur_is_as_wide_as_it_says_on_small_images():
+    image = torch.rand(1, 1, 8, 8, dtype=torch.float64)
+    bell = torch.exp(-torch.arange(-6.0, 7.0, dtype=torch.float64).square() / 8)  # to three sd
+    wide = nn.functional.pad(image, (6, 6, 6, 6), mode="reflect")
+    kernel = torch.outer(bell, bell)[None, None] / bell.sum() ** 2
+    assert torch.allclose(blurred(lambda x: x, 2.0)(image), nn.functional.conv2d(wide, kernel))
 
 
 def test_an_ode_has_no_budget_no_residual_and_no_radius_and_untied_cells_none_either(trained, capsys):

@@ -32,7 +32,7 @@ OURS = {
     "evaluation": {"core", "models", "report", "runs", "schema", "train", *WORLD},
     "words": {"schema"},
     "listing": {"config", "report", "schema", "terminal", "words"},
-    "complete": {"config", "schema", "terminal"},
+    "complete": {"config", "record", "schema", "terminal"},
     "plan": {"bench", "report", "train", *WORLD},
     "schema": set(),
     "config": {"schema", "models"},

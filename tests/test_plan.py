@@ -4,6 +4,7 @@ import json
 
 import jobs
 import pytest
+import torch
 
 from implicit_bench import plan
 from implicit_bench.cli import main
@@ -25,14 +26,15 @@ def test_a_sweep_in_every_state(here, capsys, monkeypatch):
     words = jobs.words(here, "recipe.max_steps=30")
     done = jobs.run(here, "recipe.max_steps=30").folder
     half = jobs.run(here, "recipe.max_steps=30", "seed=1").folder
-    rec = read_record(half)
-    write_record(half, {**rec, "status": "interrupted", "steps": 12})
+    rec, saved = read_record(half), torch.load(half / "last.pt", weights_only=True)
+    write_record(half, {**rec, "status": "running", "steps": 0})  # killed: only the checkpoint knows how far it came
+    torch.save({**saved, "step": 12}, half / "last.pt")
     capsys.readouterr()
     monkeypatch.setattr(plan, "_measure", lambda *_: pytest.fail("known from the runs that are there"))
     before = sorted(path for path in here.rglob("*"))
     rows = planned(capsys, "train", "-m", "model=deq", "seed=0,1,2", *words)
     assert sorted(path for path in here.rglob("*")) == before
-    assert [row["state"] for row in rows.values()] == ["done", "interrupted", "to do"]
+    assert [row["state"] for row in rows.values()] == ["done", "begun", "to do"]
     assert [row["steps left"] for row in rows.values()] == [0, 18, 30]
     assert list(rows)[:2] == [done.name, half.name]
     ms = [read_record(folder)["timing"]["step_ms"]["median"] for folder in (done, half)]
@@ -55,6 +57,10 @@ def test_what_was_never_run_is_tried(here, capsys, monkeypatch):
     assert list(rows) == ["deq", "cdeq"]
     assert rows["cdeq"]["time"] == pytest.approx(2 * rows["deq"]["time"])
     assert not (here / "runs").exists()
+    for words, said in (("model=deq", "two rows or more"), ("model=deq,cdeq rounds=many", "rounds='many' is not"),
+                        ("model=deq,cdeq rounds=9 time=5s", "both say when to end")):  # fmt: skip
+        assert main(["bench", "plan=true", *words.split(), *jobs.words(here)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_trial_is_a_real_step(here):

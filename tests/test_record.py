@@ -246,7 +246,6 @@ def test_metrics_are_the_one_list():
     assert len(set(keys)) == len(keys)
     assert all(metric.sentence.endswith(".") for metric in record.METRICS)
     assert {metric.better for metric in record.METRICS} <= {"lower", "higher", None}
-    assert record.slashed("timing.step_ms") == "timing/step_ms"
     new = record.new_record("train", CONFIG)
     new["metrics"]["test_acc"] = 0.9
     new["timing"]["step_ms"] = {"median": 2.5, "p10": 2.0, "p90": 3.0, "n": 10}

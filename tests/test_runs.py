@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -49,6 +50,13 @@ def test_the_latest_comes_last_and_filters_are_parts_of_names_or_settings(here, 
     assert listed(capsys, "model=deq") == [old.name]
     assert listed(capsys, "recipe.lr=0.0003") == listed(capsys, "seed=1") == [new.name]
     assert listed(capsys, "digits", "seed=0", "status=done") == [old.name]
+    class_of = {"stop": "core.EndTime", "init": "models.FZero", "solver": "solvers.TorchDiffeq"}
+    parts = {group: {"_target_": f"implicit_bench.{name}"} for group, name in class_of.items()}
+    parts["solver"]["method"] = "dopri5"
+    ode = put(here, "ode-digits", clip=None, plot=True, **parts)
+    words = ("stop=end_time", "init=f_zero", "solver=torchdiffeq/dopri5", "clip=null", "plot=true")
+    assert listed(capsys, *words) == [ode.name]
+    shutil.rmtree(ode)
     assert main(["runs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "status", "test", "acc", "ms/step", "nfe", "f", "nfe", "b", "epochs", "age"]
@@ -107,6 +115,42 @@ def test_rm_asks_and_removes_only_what_is_named(here, capsys, monkeypatch):
         assert set((here / "runs").iterdir()) == left
     assert main(["runs", "rm", b.name[-10:], "-y"]) == 0
     assert list((here / "runs").iterdir()) == []
+
+
+def test_rm_counts_a_run_once_and_keeps_off_links_and_committed_records(here, capsys):
+    a, b = put(here), put(here, seed=1)
+    (here / "results").mkdir()
+    committed = here / "results" / "other-digits-s0-0123456789.record.json"
+    committed.write_text((a / "record.json").read_text())
+    (here / "runs" / "linked").symlink_to(b)
+    assert main(["runs", "rm", a.name, "other", "-y", "records=runs,results"]) == 2
+    assert "a record without a run's folder" in capsys.readouterr().err
+    assert main(["runs", "rm", "linked", "-y"]) == 2
+    assert "is a link" in capsys.readouterr().err
+    assert a.exists()
+    assert b.exists()
+    assert committed.exists()
+    assert main(["runs", "rm", a.name, f"runs/{a.name}", str(a), "-y"]) == 0
+    assert capsys.readouterr().out.startswith("removed 1 run, ")
+    assert not a.exists()
+
+
+def test_diff_of_benches_and_of_a_run_and_its_copy(here, capsys):
+    for seed, value in ((0, 2.0), (1, 3.0)):
+        ratios = [{"measure": "train", "numerator": "neural_ode", "denominator": "cdeq", "value": value}]
+        rec = record.new_record("bench", {"rounds": 60 + seed}, status="done")
+        record.write_record(here / "runs" / f"bench-digits-{rec['run_id']}", {**rec, "ratios": ratios})
+    names = listed(capsys)
+    assert main(["runs", "diff", *names, "format=json"]) == 0
+    rows = {row[""]: row for row in json.loads(capsys.readouterr().out)}
+    assert {rows["ratio.train neural_ode / cdeq"][name] for name in names} == {2.0, 3.0}
+    run = put(here)
+    copy = here / "results" / f"{run.name}.record.json"
+    copy.parent.mkdir()
+    copy.write_text(json.dumps({**record.read_record(run), "nonfinite_steps": 1}))
+    assert main(["runs", "diff", f"runs/{run.name}", run.name, "records=results", "format=json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert sorted(row.values(), key=str) == ["", 0, 1, "nonfinite_steps"]
 
 
 def test_rm_keeps_off_a_run_that_is_being_written(here, capsys):

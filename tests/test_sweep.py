@@ -11,7 +11,8 @@ from test_log import fake as fake
 from test_log import finished, inspect, record
 
 from implicit_bench import config, mirror
-from implicit_bench.record import METRICS, slashed
+from implicit_bench.log import slashed
+from implicit_bench.record import METRICS
 from implicit_bench.sync import send
 
 SWEEP = Path(__file__).parent.parent / "scripts" / "wandb_sweep.yaml"

@@ -281,13 +281,13 @@ def test_a_record_alone_cannot_be_sent(online, tmp_path, capsys):
 def test_runs_by_name_and_all_of_them(tmp_path):
     runs = tmp_path / "runs"
     with pytest.raises(record.RecordError, match="there are no runs in"):
-        named(runs, [])
+        named([runs], [])
     (one, _), (two, _) = stored(tmp_path), stored(tmp_path, "bench")
     (runs / ".sweeps").mkdir()
-    assert named(runs, []) == sorted([one, two])
-    assert named(runs, ["train"]) == [one]
+    assert named([runs], []) == sorted([one, two])
+    assert named([runs], ["train"]) == named([tmp_path / "elsewhere", runs], ["train"]) == [one]
     with pytest.raises(record.RecordError, match="no run 'other'"):
-        named(runs, ["other"])
+        named([runs], ["other"])
 
 
 def test_project_entity_and_group_are_the_runs_own_unless_said(online, tmp_path, monkeypatch):

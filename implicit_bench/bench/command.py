@@ -37,9 +37,9 @@ def seconds(text: str | int | float | None) -> float | None:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
-    """Time the jobs against each other; 0, or 1 when a row failed. Raises UsageError before anything runs."""
-    began = time.perf_counter()
+def agreed(jobs: Sequence[config.Composed], words: Sequence[str]) -> tuple[float | None, int, list[Device],
+                                                                           list[dict[str, Any]]]:  # fmt: skip
+    """The time or the rounds that the jobs have, devices and configs. Raises UsageError where they are no bench."""
     if len(jobs) < 2:
         raise config.UsageError("bench compares two rows or more; list values, such as model=neural_ode,cdeq")
     first = jobs[0].config
@@ -52,6 +52,14 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
     devices: list[Device] = [config.make(job.config["gpu"], "gpu") for job in jobs]
     configs = [{**job.config, "gpu": device.settings()} for job, device in zip(jobs, devices)]
     refuse_unlike(configs)
+    return budget, rounds, devices, configs
+
+
+def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
+    """Time the jobs against each other; 0, or 1 when a row failed. Raises UsageError before anything runs."""
+    began = time.perf_counter()
+    budget, rounds, devices, configs = agreed(jobs, words)
+    first = jobs[0].config
     dataset = jobs[0].choices["dataset"]
     pruned = [{k: v for k, v in c.items() if k not in record.LABELS | {"rounds", "time"}} for c in configs]
     identity = {"rows": pruned, "rounds": rounds if budget is None else None, "time": budget}
@@ -80,18 +88,18 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
             raise
 
 
-def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rounds: int | None,
+def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rounds: int,
          budget: float | None, began: float) -> int:  # fmt: skip
     alone = machine.Alone()
     step_ms = [row.warm_up() for row in rows]
     unsettled = [row.label for row in rows if row.warm and not row.warm.settled]
     k = steps_a_round(step_ms)
-    expected = budget or (rounds or 0) * k * sum(step_ms) * 1.5e-3
+    expected = budget or rounds * k * sum(step_ms) * 1.5e-3
     how_long = f"{rounds} rounds" if budget is None else duration(budget)
     plan = f"{len(rows)} rows × {how_long} of {_steps(k)}, about {duration(expected)} from here"
     progress("plan", f"{plan}; Ctrl-C prints what there is")
     before = _prices(rows)
-    bar = Bar(rounds or 0, "rounds")
+    bar = Bar(0 if budget else rounds, "rounds")
 
     def on_round(done: int, figures: dict[str, dict[str, float]]) -> None:
         jsonl.append({"step": done, **figures})

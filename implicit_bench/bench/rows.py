@@ -12,6 +12,7 @@ from .. import clock, config
 from ..core import Residual
 from ..data import Data
 from ..device import Device
+from ..record import flat
 from ..train import Step, Tally
 from .ratios import Figures
 
@@ -142,13 +143,9 @@ SHARED = ("dataset", "seed", "recipe.batch", "gpu.device", "gpu.dtype", "gpu.thr
 
 def refuse_unlike(configs: Sequence[dict[str, Any]]) -> None:
     """Rows must share data, seed, batch, dtype, threads and device."""
-    for key in SHARED:
-        values = []
-        for cfg in configs:
-            value: Any = cfg
-            for part in key.split("."):
-                value = value[part]
-            values.append(value.get("name") if isinstance(value, dict) and "name" in value else value)
-        if any(v != values[0] for v in values):
-            raise config.UsageError(f"rows of one bench must share {key}, not {values[0]} and "
-                                    f"{next(v for v in values if v != values[0])}; bench them apart")  # fmt: skip
+    first, *others = map(flat, configs)
+    for other in others:
+        for key in sorted(first.keys() | other.keys(), key=lambda key: not key.endswith(".name")):
+            a, b = first.get(key), other.get(key)
+            if a != b and any(f"{key}.".startswith(f"{shared}.") for shared in SHARED):
+                raise config.UsageError(f"rows of one bench must share {key}, not {a} and {b}; bench them apart")

@@ -122,6 +122,7 @@ class Dataset:
             if len(numbers) != count or not all(isinstance(n, int) and n > 0 for n in numbers):
                 wanted = "a whole number" if count == 1 else "(channels, height, width)"
                 raise ValueError(f"{type(self).__name__}.{field} must be {wanted}, not {value!r}")
+        self.shape = tuple(self.shape)  # type: ignore[assignment]
         for field, value in (("val_size", val_size), ("pad", pad), ("val_seed", val_seed)):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"dataset.{field} must be a whole number from 0 on, not {value!r}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,40 +21,19 @@ from ..report import plots, tables
 from ..runs import Run, restore, trusted
 from ..schema import UsageError
 from ..terminal import Bar, number, say, share
-from .look import COLUMNS, Forward, allows, blurred, look, noisy, spectral_radius, within
+from .look import COLUMNS, Forward, blurred, look, noisy, spectral_radius, within
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
-@dataclass
-class Settings:
-    """The `eval` section of the config. Raises ValueError for values that make no sense."""
-
-    split: str
-    images: int | None
-    batch: int
-    steps: list[int]
-    noise: list[float]
-    blur: list[float]
-    solvers: list[str]
-    radius_images: int
-
-    def __post_init__(self) -> None:
-        for name in ("images", "batch"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"eval.{name}={value} must be at least 1")
-        for name in ("steps", "noise", "blur"):
-            if wrong := [v for v in getattr(self, name) if not 0 <= v < math.inf]:
-                raise UsageError(f"eval.{name}={wrong[0]} must not be negative")
-        if self.radius_images < 0:
-            raise UsageError(f"eval.radius_images={self.radius_images} must not be negative; 0 is for none")
-
-
 def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
     """Print what a run's weights do on a split, and keep it as eval/SPLIT.json in the run's folder."""
     cfg = job.config
-    settings = Settings(**cfg["eval"])
+    settings = SimpleNamespace(**cfg["eval"])
+    for key in ("steps", "noise", "blur"):
+        if wrong := [value for value in cfg["eval"][key] if not 0 <= value < math.inf]:
+            raise UsageError(f"eval.{key}={wrong[0]} must not be negative")
     runs = Path(cfg["paths"]["runs"])
     run = Run(folder := record.find(runs, cfg["run"], "train"), record.read_record(folder))
     recorded = run.config["gpu"]
@@ -106,21 +85,21 @@ def _say_changes(run: Run, data: Data, trust: Sequence[str]) -> None:
             say("note", f"{module} has been edited since (hash {is_now}, then {was})", err=True)
 
 
-def _measure(model: Classifier, batches: Batches, device: Device, settings: Settings, dataset: Any,
+def _measure(model: Classifier, batches: Batches, device: Device, settings: SimpleNamespace, dataset: Any,
              run: Run) -> dict[str, Any]:  # fmt: skip
     """Every pass, with a bar over them."""
     layer = model.layer
-    calls: int = layer.init.calls
     std = torch.tensor(dataset.std).view(1, -1, 1, 1).to(device.torch)
     passes: list[tuple[str, Forward]] = [("as trained", model)]
-    passes += [(f"{k} step{'s' * (k != 1)}", within(model, k)) for k in settings.steps if allows(model, k)]
+    if isinstance(layer.stop, Residual):  # an ODE stopped early is nothing, an untied or fixed depth is itself
+        passes += [(f"{k} step{'s' * (k != 1)}", within(model, k)) for k in settings.steps]
     passes += [(f"noise {sd:g}", noisy(model, sd, std)) for sd in settings.noise]
     passes += [(f"blur {sd:g}", blurred(model, sd)) for sd in settings.blur]
     bar = Bar(len(passes), "passes")
     seen = {}
     try:
         for k, (name, forward) in enumerate(passes):
-            seen[name] = look(forward, batches(), 0 if name == "0 steps" and not calls else calls, device)
+            seen[name] = look(forward, batches(), layer.init.calls, device)
             bar.at(k + 1, lambda name=name: name)
     finally:
         bar.close()

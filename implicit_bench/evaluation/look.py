@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from ..core import OwnLoop, Residual, Status
+from ..core import FixedSteps, Status
 from ..device import Device
-from ..models import Classifier
+from ..models import Classifier, Output
 
 Forward = Callable[[Tensor], Any]  # images (B, C, H, W) -> models.Output
 COLUMNS = ["condition", "accuracy", "loss", "evaluations", "p90", "residual", "converged"]
@@ -89,11 +89,6 @@ def spectral_radius(model: Classifier, x: Tensor, iterations: int = 60) -> Tenso
     return torch.stack(growth[iterations // 2 :]).clamp_min(1e-30).log().mean(0).exp()
 
 
-def allows(model: Classifier, steps: int) -> bool:
-    """Can the layer be held to so many steps? An ODE stopped early is nothing, an untied or fixed depth is itself."""
-    return isinstance(model.layer.stop, Residual) and (steps == 0 or not isinstance(model.layer.solver, OwnLoop))
-
-
 def within(model: Classifier, steps: int) -> Forward:
     """0 is the head on the start alone. A solver of one evaluation a step gets `steps` of them, the output's included;
     another, so many steps of its own."""
@@ -101,17 +96,16 @@ def within(model: Classifier, steps: int) -> Forward:
     if steps == 0:
         return lambda x: model.within(x, 0)
     if layer.one_call:
-        return lambda x: Layered(model, layer.within(model.stem(x), steps))
-    stop = copy.copy(layer.stop)
-    stop.max_steps = steps
-    return lambda x: Layered(model, layer._run(model.stem(x), layer.solver, stop, layer.adjoint))
+        stop: Any = FixedSteps(steps)
+    else:
+        stop = copy.copy(layer.stop)
+        stop.max_steps = steps
 
+    def forward(x: Tensor) -> Output:
+        out = layer._run(model.stem(x), layer.solver, stop, layer.adjoint)
+        return Output(model.head(out.z), out)
 
-class Layered:
-    """An Output made from a layer's output."""
-
-    def __init__(self, model: Classifier, layer: Any):
-        self.logits, self.layer = model.head(layer.z), layer
+    return forward
 
 
 def noisy(model: Classifier, sd: float, std: Tensor) -> Forward:
@@ -131,7 +125,7 @@ def blurred(model: Classifier, sd: float) -> Forward:
     from torchvision.transforms.v2.functional import gaussian_blur
 
     def forward(x: Tensor) -> Any:
-        widest = 2 * ((min(x.shape[-2:]) - 1) // 2) + 1  # reflected at the border, so narrower than twice the image
+        widest = 2 * min(x.shape[-2:]) - 1  # reflected at the border, so narrower than twice the image
         size = min(2 * math.ceil(3 * sd) + 1, widest)
         return model(gaussian_blur(x, [size, size], [sd, sd]) if sd else x)
 

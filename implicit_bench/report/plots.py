@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 STYLE: Any = {"svg.hashsalt": "implicit-bench", "font.size": 9}
 
 
-def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], title: str) -> None:
-    """Horizontal bars of ratios with their intervals: (label, value, low, high) each. Same input, same bytes (SVG)."""
+@contextmanager
+def _drawn(*paths: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure, saved when it is done. Same input, same bytes (SVG)."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure: Any = Figure(figsize=(6.75, 0.9 + 0.42 * len(bars)), layout="constrained")
-        FigureCanvasSVG(figure)
+        yield (figure := Figure(figsize=size, layout="constrained"))
+        for path in paths:
+            svg = path.suffix == ".svg"
+            figure.savefig(path, metadata={"Date": None} if svg else None, dpi="figure" if svg else 200)
+
+
+def _both(path: Path) -> list[Path]:
+    return [path.with_suffix(suffix) for suffix in (".svg", ".png")]
+
+
+def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], title: str) -> None:
+    """Horizontal bars of ratios with their intervals: (label, value, low, high) each."""
+    with _drawn(path, size=(6.75, 0.9 + 0.42 * len(bars))) as figure:
         axes = figure.subplots()
         rows = range(len(bars))
         values = [b[1] for b in bars]
@@ -33,18 +45,13 @@ def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], ti
         axes.set_xlabel("ratio of medians, 95 % interval")
         axes.set_title(title, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, metadata={"Date": None})
 
 
 def residuals(path: Path, traces: Mapping[str, Any], title: str) -> list[Path]:
     """Relative residual against solver step: (steps + 1, B) a solver, its median and the band from 10 % to 90 %."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     if not traces:
         return []
-    with rc_context(STYLE):
-        figure: Any = Figure(figsize=(5, 3.4), layout="constrained")
+    with _drawn(*_both(path), size=(5, 3.4)) as figure:
         axes = figure.subplots()
         for name, trace in traces.items():
             filled = trace.clone()
@@ -58,20 +65,16 @@ def residuals(path: Path, traces: Mapping[str, Any], title: str) -> list[Path]:
         axes.set_title(title, fontsize=9)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-        return _both(figure, path)
+    return _both(path)
 
 
 def most_and_least(path: Path, images: Any, seen: Any, title: str, each: int = 8) -> list[Path]:
     """The images that took the fewest and the most evaluations, with their labels. images uint8 (N, C, H, W)."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     order = seen.nfe.argsort(stable=True)
     each = min(each, len(order) // 2)
     if not each:
         return []
-    with rc_context(STYLE):
-        figure: Any = Figure(figsize=(0.9 * each, 2.6), layout="constrained")
+    with _drawn(*_both(path), size=(0.9 * each, 2.6)) as figure:
         figure.suptitle(f"{title}: fewest evaluations above, most below", fontsize=8)
         rows = figure.subplots(2, each, squeeze=False)
         for axes_row, index in zip(rows, (order[:each], order.flip(0)[:each])):
@@ -82,11 +85,4 @@ def most_and_least(path: Path, images: Any, seen: Any, title: str, each: int = 8
                 said = int(seen.predicted[i])
                 mark = f"{int(seen.y[i])}" if said == int(seen.y[i]) else f"{int(seen.y[i])}, said {said}"
                 axes.set_title(f"{int(seen.nfe[i])} f\n{mark}", fontsize=7)
-        return _both(figure, path)
-
-
-def _both(figure: Any, path: Path) -> list[Path]:
-    paths = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
-    figure.savefig(paths[0], metadata={"Date": None})
-    figure.savefig(paths[1], dpi=200)
-    return paths
+    return _both(path)

@@ -94,7 +94,8 @@ def test_rows_are_called_by_what_tells_them_apart(tmp_path):
     [
         ("recipe.batch=16,32", "recipe.batch, not 16 and 32"),
         ("seed=0,1", "seed, not 0 and 1"),
-        ("dataset=digits,mnist", "dataset, not digits and mnist"),
+        ("dataset=digits,mnist", "dataset.name, not digits and mnist"),
+        ("dataset.flip=0,0.5", "dataset.flip, not 0 and 0.5"),
         ("gpu.dtype=float32,float64", "gpu.dtype, not float32 and float64"),
     ],
 )

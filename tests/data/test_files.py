@@ -3,7 +3,6 @@
 import hashlib
 import pickle
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,22 +106,6 @@ def test_pickle_is_not_opened_before_its_hash_is_checked(tiny, tmp_path, name):
     with pytest.raises(DataCorrupt, match="md5"):
         read(name, tmp_path)
     assert not (tmp_path / "boom").exists()
-
-
-@pytest.mark.parametrize("swap", ["images", "labels"])
-def test_files_that_are_whole_but_of_another_set_are_refused(tiny, tmp_path, monkeypatch, swap):
-    """Right hashes, wrong meaning: 20 x 20 images, or a label 10."""
-    small = tiny("mnist")
-    array = np.zeros((50, 20, 20), np.uint8) if swap == "images" else np.full(50, 10, np.uint8)
-    file = f"train-{swap}-idx{array.ndim}-ubyte"
-    small.content[small.folder][file] = bytes(idx(array))
-    layout = small.known.layouts[0]
-    row = (len(idx(array)), hashlib.md5(idx(array)).hexdigest())
-    changed = replace(layout, files={**layout.files, file: row})
-    monkeypatch.setitem(KNOWN, "mnist", replace(small.known, layouts=(changed,)))
-    small.put(tmp_path)
-    with pytest.raises(DataCorrupt, match="does not hold mnist"):
-        read("mnist", tmp_path)
 
 
 def test_missing_and_incomplete(tiny, tmp_path):

@@ -151,3 +151,7 @@ def test_what_is_missing_is_said_as_the_class_says_it(tmp_path):
     with pytest.raises(DataMissing, match="ask a colleague"):
         Absent().load(tmp_path, fetch=print)
     assert Absent().describe(tmp_path)["state"] == "absent"
+
+
+def test_a_shape_may_be_a_list(tmp_path):
+    assert dataset(shape=[1, 2, 2])().load(tmp_path).shape == (1, 2, 2)
