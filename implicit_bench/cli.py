@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import logging
@@ -81,8 +82,8 @@ def _guarded(run: Callable[[], int]) -> int:
     except BrokenPipeError:  # as in `implicit-bench list | head -3`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (or the interpreter complains when it flushes at exit)
         return 0
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt:  # a training that has begun says more
+        return _refuse("interrupted", 130)
     except OSError as problem:
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
         return _refuse(f"{problem.filename}: {problem.strerror}" if problem.filename else problem, 1 if full else 2)
@@ -112,7 +113,8 @@ def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[
     sys.argv = [f"{PROG} {command}", *args, *(f"--config-dir={folder}" for folder in words.search)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints tracebacks of its own and exits
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
+        with contextlib.redirect_stderr(_Without("Error executing job with overrides")):  # it has been said already
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
     except HydraException as error:
         raise UsageError(first_line(error)) from None
     except SystemExit as end:
@@ -125,6 +127,19 @@ def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[
         os.environ.pop("HYDRA_FULL_ERROR")
         if full is not None:
             os.environ["HYDRA_FULL_ERROR"] = full
+
+
+class _Without:
+    """Standard error without the lines of another that begin so."""
+
+    def __init__(self, beginning: str):
+        self._beginning, self._stream = beginning, sys.stderr
+
+    def write(self, text: str) -> int:
+        return len(text) if text.startswith(self._beginning) else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _show(command: str, words: Words) -> int:
@@ -149,6 +164,11 @@ def _composing(task: Callable[[Words], int]) -> Callable[[list[str]], int]:
     def command(args: list[str]) -> int:
         words = split(args)
         name = task.__name__.removeprefix("_")
+        if words.multirun and name != "train":
+            raise UsageError(f"{name} takes no -m; " + ("key=a,b lists its rows" if name == "bench" else "one at a time"))
+        if name == "eval":  # as in runs, a plain word names the run
+            plainly = [w if "=" in w else f"run='{w}'" for w in words.overrides]
+            words = words._replace(overrides=plainly)
         if words.flags:
             return _show(name, words)
         return _plan(name, words) if words.plan else task(words)

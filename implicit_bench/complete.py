@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import config_dir, plural
 from .record import flat
-from .schema import GROUPS, UsageError, nearest
+from .schema import GROUPS, UsageError
 from .terminal import FORMATS
 
 SCRIPTS = {
@@ -48,7 +48,7 @@ def script(words: Sequence[str]) -> int:
     """`completion SHELL`: what the shell is to evaluate."""
     if len(words) != 1 or words[0] not in SCRIPTS:
         such = f"no completion for {' '.join(words)!r}" if words else "completion wants a shell"
-        raise UsageError(f"{such}{nearest(' '.join(words), list(SCRIPTS))}")
+        raise UsageError(f"{such}; there are: {', '.join(SCRIPTS)}")
     print(SCRIPTS[words[0]], end="")
     return 0
 

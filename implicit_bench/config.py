@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .schema import GROUPS, PLAIN, UsageError, check, first_line, nearest, no_key, sources
+from .schema import GROUPS, PLAIN, UsageError, check, first_line, locate, nearest, no_key, sources
 
 
 def config_dir() -> Path:
@@ -172,6 +173,9 @@ class _hydra:
 # ---------------------------------------------------------------------------------------------------- mistakes
 
 
+LISTS = ("milestones", "mean", "std", "channels", "head", "allow_targets")  # keys whose value is one
+
+
 def plural(group: str) -> str:
     return f"{group[:-1]}ies" if group.endswith("y") else f"{group}s"
 
@@ -182,8 +186,12 @@ def _check_word(o: Any) -> None:
     if name == "penalty" and o.is_sweep_override() and o.is_choice_sweep():
         raise UsageError(f"{o.input_line!r} names several values: penalty=[{shown}] is all of them together, -m is one "
                          "run each")  # fmt: skip
+    if o.is_sweep_override() and name.rpartition(".")[2] in LISTS:
+        raise UsageError(f"{name} is a list; write {name}=[{shown}]")
     if o.is_sweep_override():
         raise UsageError(f"{o.input_line!r} names several values: add -m for one run each, or quote a comma")
+    if name == "dataset.name":
+        raise UsageError(f"{o.input_line!r} would be another data set under this one's name; write dataset={shown}")
     if o.is_delete():
         raise UsageError(f"cannot leave {name!r} out; write {name}=value")
     options = _options(name)
@@ -223,8 +231,23 @@ def _explain(command: str, words: Sequence[Any], error: Exception) -> str:
         fine = o.is_add() or o.key_or_group in known or o.key_or_group.startswith("hydra")
         fine = fine or (o.input_line in choices and f"'{o.key_or_group}'" not in str(error))  # length, experiment
         if not fine:
-            return no_key(o.key_or_group, known)
+            more = ""
+            if _takes(command, choices, o.key_or_group):
+                more = f"; its class takes it, but its file does not say it: write +{o.input_line}"
+            return no_key(o.key_or_group, known).partition("; ")[0] + more if more else no_key(o.key_or_group, known)
     return first_line(error)
+
+
+def _takes(command: str, choices: Sequence[str], key: str) -> bool:
+    """Is it an argument of the component's class, though the component's file leaves it to its default?"""
+    import hydra
+
+    group, _, argument = key.partition(".")
+    try:
+        node = hydra.compose(command, [*choices])[group]
+        return argument in inspect.signature(locate(node["_target_"], group, [str(node["_target_"])])).parameters
+    except Exception:  # nothing that could be looked into
+        return False
 
 
 def _keys_of(command: str, overrides: Sequence[str] = ()) -> list[str]:
@@ -258,7 +281,10 @@ def make(node: dict[str, Any], path: str, **given: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, ValueError):
             raise UsageError(first_line(cause)) from None
-        raise UsageError(f"cannot make {path}: {first_line(cause or error)}") from None
+        why = first_line(cause or error)
+        if path == "network" and "unexpected keyword argument" in why:
+            why += "; a network's __init__ takes shape=(C, H, W) and classes="
+        raise UsageError(f"cannot make {path}: {why}") from None
 
 
 def make_alone(cfg: dict[str, Any]) -> None:

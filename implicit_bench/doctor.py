@@ -191,7 +191,7 @@ def _cores(*_: Path) -> Iterator[Finding]:
     low = [name for name in names if (v := os.environ.get(name, "")).isdigit() and int(v) < threads]
     text = f"torch by itself would use {torch.get_num_threads()}; train and bench use gpu.threads, else {count}"
     yield _found("threads", "; ".join([text, *(f"{name}={os.environ[name]}" for name in low)]),
-                 f"unset {' and '.join(low)}, which hold back scripts of your own", bool(low))  # fmt: skip
+                 f"unset {' and '.join(low)}, to let scripts of your own use every core", bool(low))  # fmt: skip
 
 
 def _load(*_: Path) -> Iterator[Finding]:

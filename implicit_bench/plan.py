@@ -134,7 +134,7 @@ class Pace:
         cfg = {**job.config, "gpu": device.settings()}
         key = _pace(cfg)
         if key not in self._known:
-            self._known[key] = _measure(job.config, device), "a trial now"
+            self._known[key] = _measure(job.config, device), "a short trial"
         self._asked += 1
         self._bar.at(self._asked)
         return self._known[key]

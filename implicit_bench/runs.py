@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import lock, log, record, schema
 from .record import METRICS, RecordError, flat
 from .report import tables
-from .schema import UsageError, nearest
+from .schema import UsageError, nearest, no_key
 from .terminal import number, say, share
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .device import Device
     from .models import Classifier
 
+RECORDED = ("command", "experiment", "protocol", "length")
+SHARES = {metric.key for metric in METRICS if metric.unit == "share"}
 STATES = (*record.STATUSES, "stopped", "unreadable")  # running, but nobody holds it; no record that can be read
 
 
@@ -31,7 +33,7 @@ class Run:
     """One run's folder, or a record beside no folder (as in results/), which then has no weights."""
 
     folder: Path
-    record: dict[str, Any]
+    record: dict[str, Any] = field(repr=False)
     trust: Sequence[str] = ()
 
     @property
@@ -70,9 +72,11 @@ def load_run(name: str = "last", runs: str | Path = "runs", trust: Sequence[str]
 
 
 def records(dirs: str | Path | Iterable[str | Path] = "runs") -> pandas.DataFrame:
-    """Every record under the given folders as a DataFrame, a row a run, columns named as in record.json with dots.
+    """Every record under the given folders as a DataFrame, a row a run.
 
-    Spreads (timing.step_ms) are their medians; `config.*` are the settings; `record` holds the whole dict.
+    First `model`, `dataset`, `seed`, `solver` and the like; then what record.json has, under its names with dots:
+    `metrics.test_acc`, `timing.step_ms` (of a spread, the median), `solve.test.nfe_sample`, `metrics.test_acc_within.2`
+    ... and every setting as `config.*`. `record` holds the whole dict.
     """
     import pandas
 
@@ -80,8 +84,10 @@ def records(dirs: str | Path | Iterable[str | Path] = "runs") -> pandas.DataFram
     plain = ("run_id", "command", "status", "error", "attempt", "experiment", "protocol", "length", "steps", "epochs",
              "started_at", "finished_at")  # fmt: skip
     return pandas.DataFrame([
-        {**{key: rec[key] for key in plain}, **record.scalars(rec), "params": rec["params"]["total"],
-         "hardware": rec["environment"]["hardware"], **{f"config.{k}": v for k, v in flat(rec["config"]).items()},
+        {**log.choices(rec["config"]), "seed": rec["config"].get("seed"), **{key: rec[key] for key in plain},
+         **record.scalars(rec), **flat({"test": rec["solve"].get("test") or {}}, "solve."),
+         **flat({"test_acc_within": rec["metrics"].get("test_acc_within") or {}}, "metrics."),
+         "params": rec["params"]["total"], "hardware": rec["environment"]["hardware"], **{f"config.{k}": v for k, v in flat(rec["config"]).items()},
          "record": rec}
         for rec in record.records(folders)
     ])  # fmt: skip
@@ -164,7 +170,7 @@ def _matches(word: str, name: str, rec: Mapping[str, Any]) -> bool:
     if key == "status":
         return _state(rec) == value
     config = rec.get("config", {})
-    if key in ("command", "experiment", "protocol", "length") and key in rec:
+    if key in RECORDED and key in rec:
         return str(rec[key]) == value
     if (picked := log.choices(config)).get(key) is not None:
         return picked[key] == value
@@ -186,6 +192,11 @@ def _list(words: Sequence[str], dirs: Sequence[Path]) -> int:
         if word.startswith("status=") and (state := word.partition("=")[2]) not in STATES:
             raise UsageError(f"no status {state!r}{nearest(state, STATES)}")
     everything = _found(dirs)
+    keys = {"status", *RECORDED, *(k for _, rec, _ in everything for k in (*log.choices(rec.get("config", {})),
+             *flat(rec.get("config", {}))))}  # fmt: skip
+    for key in (word.partition("=")[0] for word in words if "=" in word):
+        if everything and key not in keys:
+            raise UsageError(no_key(key, sorted(keys)))
     rows, now = [], time.time()
     for name, rec, began in everything:
         if not all(_matches(word, name, rec) for word in words):
@@ -193,16 +204,16 @@ def _list(words: Sequence[str], dirs: Sequence[Path]) -> int:
         values = record.scalars(rec)
         rows.append([name, _state(rec), values.get("metrics.test_acc"), values.get("timing.step_ms"),
                      values.get("solve.nfe_forward"), values.get("solve.nfe_backward"),
-                     rec["epochs"] if rec.get("command") == "train" else None,
+                     rec["epochs"] if rec.get("command") == "train" else None, rec.get("length") or "",
                      round(now - began)])  # fmt: skip
     where = " and ".join(map(str, dirs))
     if not rows:
         known = f"none of the {len(everything)} runs in {where} fits {' '.join(words)!r}"
         print(known if everything else f"no runs in {where} yet; implicit-bench train makes one", file=sys.stderr)
         return 0
-    columns = ["run", "status", "test acc", "ms/step", "nfe f", "nfe b", "epochs", "age"]
+    columns = ["run", "status", "test acc", "ms/step", "nfe f", "nfe b", "epochs", "length", "age"]
     tables.show(columns, rows, {"test acc": share, "age": age, "nfe f": number, "nfe b": number},
-                spare=["epochs", "nfe b", "nfe f", "ms/step"])  # fmt: skip
+                spare=["length", "epochs", "nfe b", "nfe f", "ms/step"])  # fmt: skip
     return 0
 
 
@@ -226,16 +237,21 @@ def _diff(words: Sequence[str], dirs: Sequence[Path]) -> int:
     rows: list[list[Any]] = []
     settings = [{**flat(rec["config"]), **{k: v for k, v in flat(rec["environment"]).items() if "." not in k}}
                 for rec in recs]  # fmt: skip
-    less = ("paths.", "logger.", "force", "progress.")
+    less = ("paths.", "logger.", "force", "progress.", "alone")
     for key in dict.fromkeys(k for s in settings for k in s):
         values = [s.get(key, "–") for s in settings]
-        if values[0] != values[1] and not key.startswith(less):
+        nothing = all(value in (None, "–", {}) for value in values)
+        if values[0] != values[1] and not nothing and not key.startswith(less):
             rows.append([key, *values, ""])
     numbers = [{**record.scalars(rec), **_ratios(rec)} for rec in recs]
     for key in dict.fromkeys((*(m.key for m in METRICS), *numbers[0], *numbers[1])):
         values = [n.get(key) for n in numbers]
         if values != [None, None] and values[0] != values[1]:
-            change = f"{values[1] / values[0] - 1:+.1%}" if None not in values and values[0] else ""
+            change = ""
+            if None not in values and key in SHARES:
+                change = f"{100 * (values[1] - values[0]):+.1f} points"
+            elif None not in values and values[0]:
+                change = f"{values[1] / values[0] - 1:+.1%}"
             rows.append([key, *values, change])
     if not rows:
         print(f"{names[0]} and {names[1]} agree in every setting and every metric")

@@ -135,6 +135,8 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
         words = _words(hint)
         shown = repr(value) if isinstance(value, str) else json.dumps(value, default=str)  # null and true, as in YAML
         wanted = nearest(shown.strip("'"), words) if words else f"; it wants {_spell(hint)}"
+        if isinstance(value, str) and typing.get_origin(hint) is list:
+            wanted = f"; write {key}=[{value}]"
         raise UsageError(f"{key}={shown} is not possible{wanted}")
 
 

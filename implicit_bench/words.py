@@ -63,7 +63,7 @@ def split(args: Sequence[str]) -> Words:
             if words and value not in words:
                 raise UsageError(f"no {flag} {value!r}{nearest(value, words)}")
             flags += [flag, value]
-    if len(search) > 1 or "" in search:
+    if len(search) > 1 or any(not folder or "=" in folder for folder in search):
         raise UsageError("--config-dir wants one folder, such as --config-dir my-configs")
     return Words(overrides, search, multirun, flags, plan)
 

@@ -372,7 +372,7 @@ WRONG = {
     "force=maybe": "force='maybe' is not possible; there are: true, false",
     "field=odd": "field='odd' is not possible; nearest: ode",
     "paths.runs=null": "paths.runs=null is not possible; it wants text",
-    "allow_targets=os": "allow_targets='os' is not possible; it wants a list in brackets, each text",
+    "allow_targets=os": "allow_targets='os' is not possible; write allow_targets=[os]",
     # values
     "stop.tol=-1": "stop.tol=-1 must be positive and finite, such as 1e-2",
     "recipe.epochs=0": "recipe.epochs=0 must be positive",

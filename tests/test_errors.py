@@ -49,7 +49,7 @@ MISTAKES = {
     "eval eval.split=tets": "eval.split='tets' is not possible; nearest: test",
     "runs status=don": "no status 'don'; nearest: done",
     "runs -f": "runs has no flag '-f'; nearest: -y",
-    "completion tcsh": "no completion for 'tcsh'; nearest: zsh",
+    "completion tcsh": "no completion for 'tcsh'; there are: bash, zsh, fish",
     # pairs that cannot be
     "train model=neural_ode stop=residual": "stop=residual looks for f(z) = z, but field=ode has no equilibrium",
     "train solver=broyden stop=end_time": "solver=broyden finds roots and has no time; use stop=residual or",

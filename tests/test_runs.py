@@ -59,7 +59,7 @@ def test_the_latest_comes_last_and_filters_are_parts_of_names_or_settings(here, 
     shutil.rmtree(ode)
     assert main(["runs"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "status", "test", "acc", "ms/step", "nfe", "f", "nfe", "b", "epochs", "age"]
+    assert lines[0].split() == ["run", "status", "test", "acc", "ms/step", "nfe", "f", "nfe", "b", "epochs", "length", "age"]
     assert lines[1].split() == [old.name, "done", "0.900", "2.50", "–", "–", "3", "5", "h"]
 
 
@@ -98,7 +98,7 @@ def test_diff_shows_what_differs_and_by_how_much(here, capsys):
     rows = {row[""]: row for row in json.loads(capsys.readouterr().out)}
     assert set(rows) == {"seed", "recipe.lr", "metrics.test_acc"}
     assert (rows["recipe.lr"][a.name], rows["recipe.lr"][b.name]) == (1e-3, 2e-3)
-    assert rows["metrics.test_acc"]["change"] == "+12.5%"
+    assert rows["metrics.test_acc"]["change"] == "+10.0 points"
     assert main(["runs", "diff", a.name]) == 2
     assert main(["runs", "diff", a.name, "zzz"]) == 2
 
@@ -214,7 +214,7 @@ def test_a_narrow_terminal_loses_columns_and_is_told(here, capsys, monkeypatch):
     assert main(["runs"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines()[:-1])) <= 60
-    assert out.splitlines()[-1].startswith(" (epochs, nfe b")
+    assert out.splitlines()[-1].startswith(" (length, epochs, nfe b")
 
 
 def test_quiet_and_formats_are_of_one_command(here, capsys):

@@ -31,7 +31,7 @@ class Status(enum.IntEnum):
 
     CONVERGED = 0, "the residual met the tolerance"
     REACHED_END = 1, "the end time, or the fixed number of steps, was reached"
-    MAX_STEPS = 2, "the step cap came before the tolerance: raise stop.max_steps or loosen stop.tol"
+    MAX_STEPS = 2, "cap before tolerance: raise stop.max_steps, loosen stop.tol (float32 ends near 1e-6), change solver"
     STALLED = 3, "the residual stopped falling: use another solver or damping, or regularise the Jacobian"
     NONFINITE = 4, "the state became infinite or NaN: lower the learning rate or damp the solver"
     STEP_TOO_SMALL = 5, ("the step size underflowed: the field is too stiff or not finite (loosen solver.rtol), or the "

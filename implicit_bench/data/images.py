@@ -198,7 +198,8 @@ class Dataset:
 
     def _leave_some(self, n_train: int) -> None:
         if self.val_size >= n_train:
-            raise DataError(f"dataset.val_size={self.val_size}, but {self.name} has {n_train:,} training images")
+            has = f"{self.name} has {n_train:,} training images"
+            raise DataError(f"dataset.val_size={self.val_size}, but {has}; take fewer, or 0")
 
     def _checked(self, raw: Raw) -> Raw:
         """Tensors of what ``read`` gave. Raises DataError that says what is wrong with them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from ..models import Classifier
 from ..report import plots, tables
 from ..runs import Run, restore, trusted
 from ..schema import UsageError
-from ..terminal import Bar, number, say, share
+from ..terminal import Bar, number, progress, say, share
 from .look import COLUMNS, Forward, blurred, look, noisy, spectral_radius, within
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -63,10 +64,16 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
     pictures = []
     if cfg["plot"]:
         x = next(iter(batches()))[0][:100]
-        pictures += plots.residuals(out / "residual", _traces(model, x, picked, device), found["run"])
-        if independent and isinstance(split.x, Tensor):
-            pictures += plots.most_and_least(out / "evaluations", split.x, found.pop("_seen"), found["run"])
-    found.pop("_seen", None)
+        tol = getattr(model.layer.stop, "tol", None)
+        pictures += plots.residuals(out / "residual", _traces(model, x, picked, device), tol, found["run"])
+        if not pictures:
+            progress("note", "no picture of residuals: this model does not look for a fixed point of one cell")
+        seen = found["_seen"]
+        if independent and isinstance(split.x, Tensor) and seen.nfe.unique().numel() > 1:
+            pictures += plots.most_and_least(out / "evaluations", split.x, seen, found["run"])
+        else:
+            progress("note", "no picture of images by evaluations: all of them take the same, or they lie in files")
+    found.pop("_seen")
     (out / f"{settings.split}.json").write_text(json.dumps(record.plain(found), indent=1) + "\n")
     _print(found, run)
     written = " · ".join([f"{settings.split}.json", *(p.name for p in pictures)])
@@ -93,6 +100,8 @@ def _measure(model: Classifier, batches: Batches, device: Device, settings: Simp
     passes: list[tuple[str, Forward]] = [("as trained", model)]
     if isinstance(layer.stop, Residual):  # an ODE stopped early is nothing, an untied or fixed depth is itself
         passes += [(f"{k} step{'s' * (k != 1)}", within(model, k)) for k in settings.steps]
+    elif settings.steps:
+        progress("note", "eval.steps is for solves that stop at a residual, and is left out here")
     passes += [(f"noise {sd:g}", noisy(model, sd, std)) for sd in settings.noise]
     passes += [(f"blur {sd:g}", blurred(model, sd)) for sd in settings.blur]
     bar = Bar(len(passes), "passes")
@@ -101,6 +110,8 @@ def _measure(model: Classifier, batches: Batches, device: Device, settings: Simp
         for k, (name, forward) in enumerate(passes):
             seen[name] = look(forward, batches(), layer.init.calls, device)
             bar.at(k + 1, lambda name=name: name)
+            if not sys.stderr.isatty():
+                progress("pass", f"{k + 1}/{len(passes)} {name}")
     finally:
         bar.close()
     clean = seen["as trained"]

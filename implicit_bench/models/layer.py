@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -94,6 +95,8 @@ class ImplicitLayer(nn.Module):
             return self.cell(z, ctx, t)
 
         start, probed = self.init(x, f), self._direct
+        if start.shape[1:] != (self.cell.size,):
+            raise ValueError(f"the start has {tuple(start.shape[1:])} numbers a sample, but cell.size is {self.cell.size}")
         F: Field = FixedPoint(f) if (field or self.field) == "equilibrium" else f
         problem = Solve(solver, stop, self.reduce)
         parameters = self.cell.parameters()  # type: ignore[attr-defined]
@@ -105,6 +108,9 @@ class ImplicitLayer(nn.Module):
         else:  # evaluation, or a frozen layer below a head that trains
             solution, log = problem.untracked(F, start), BackwardLog()
             z = solution.fixed_point if isinstance(F, FixedPoint) else solution.value
+        if hasattr(self.cell, "cells"):  # of cells that differ, |f(z) - z| is no residual
+            nothing = torch.full_like(solution.stats.residual, torch.nan)
+            solution = replace(solution, stats=replace(solution.stats, residual=nothing))
         if self.init.calls:  # a penalty's gradient through f(0, x) is a VJP too
             log.watch(start)
         return LayerOutput(z, start, solution, log)

@@ -47,8 +47,9 @@ def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], ti
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def residuals(path: Path, traces: Mapping[str, Any], title: str) -> list[Path]:
-    """Relative residual against solver step: (steps + 1, B) a solver, its median and the band from 10 % to 90 %."""
+def residuals(path: Path, traces: Mapping[str, Any], tol: float | None, title: str) -> list[Path]:
+    """Relative residual against solver step: (steps + 1, B) a solver, its median and the band from 10 % to 90 %; the
+    tolerance that the model was trained with as a line."""
     if not traces:
         return []
     with _drawn(*_both(path), size=(5, 3.4)) as figure:
@@ -62,7 +63,9 @@ def residuals(path: Path, traces: Mapping[str, Any], title: str) -> list[Path]:
             axes.fill_between(range(len(middle)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set_xlabel("solver step")
         axes.set_ylabel("|f(z) - z| / |f(z)|")
-        axes.set_title(title, fontsize=9)
+        if tol is not None:
+            axes.axhline(tol, color="black", linewidth=0.8, linestyle=":", label="stop.tol")
+        axes.set_title(f"{title}: median, 10 to 90 % of images", fontsize=9)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     return _both(path)
