@@ -233,8 +233,7 @@ def _data(words: Words) -> int:
     if named := any(word.partition("=")[0].split(".")[0] == "dataset" for word in words.overrides):
         jobs = config.compose_all("data", rows, words.search)
     else:
-        names = sorted({path.stem for folder in (config.config_dir(), *map(Path, words.search))
-                        for path in (folder / "dataset").glob("*.yaml")})  # fmt: skip
+        names = config.files("dataset", words.search)
         jobs = config.compose_all("data", [[f"dataset={name}", *row] for row in rows for name in names], words.search)
     from .report import tables
     from .terminal import say

@@ -44,14 +44,8 @@ class ImplicitLayer(nn.Module):
             if not good or isinstance(part, type):
                 kind = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
                 raise TypeError(f"ImplicitLayer wants {name} such as {such}, not {kind}")
-        self.cell, self.init, self.solver, self.stop, self.adjoint, self.field = (
-            cell,
-            init,
-            solver,
-            stop,
-            adjoint,
-            field,
-        )
+        self.cell, self.init, self.field = cell, init, field
+        self.solver, self.stop, self.adjoint = solver, stop, adjoint
         self._direct: tuple[list[str], list[str]] | None = None
         self._check()
         wanted = getattr(stop, "per_sample", "auto")
