@@ -166,6 +166,8 @@ def _matches(word: str, name: str, rec: Mapping[str, Any]) -> bool:
     config = rec.get("config", {})
     if key in ("command", "experiment", "protocol", "length") and key in rec:
         return str(rec[key]) == value
+    if key == "dataset" and f"-{value}-" in name:  # one of one's own has the name of its file
+        return True
     if (picked := log.choices(config)).get(key) is not None:
         return picked[key] == value
     settings = flat(config)
