@@ -165,7 +165,8 @@ def _composing(task: Callable[[Words], int]) -> Callable[[list[str]], int]:
         words = split(args)
         name = task.__name__.removeprefix("_")
         if words.multirun and name != "train":
-            raise UsageError(f"{name} takes no -m; " + ("key=a,b lists its rows" if name == "bench" else "one at a time"))
+            rows = "key=a,b lists its rows" if name == "bench" else "it does one thing at a time"
+            raise UsageError(f"{name} takes no -m; {rows}")
         if name == "eval":  # as in runs, a plain word names the run
             plainly = [w if "=" in w else f"run='{w}'" for w in words.overrides]
             words = words._replace(overrides=plainly)
@@ -255,8 +256,7 @@ def _data(words: Words) -> int:
     named = any(word.partition("=")[0].split(".")[0] == "dataset" for word in words.overrides)
     rows = config.expand(words.overrides, words.search)
     if not named:
-        names = sorted({path.stem for folder in (config.config_dir(), *map(Path, words.search))
-                        for path in (folder / "dataset").glob("*.yaml")})  # fmt: skip
+        names = config.files("dataset", words.search)
         rows = [[f"dataset={name}", *row] for row in rows for name in names]
     jobs = config.compose_all("data", rows, words.search)
     from .report import tables
@@ -268,7 +268,8 @@ def _data(words: Words) -> int:
             dataset.fetch(root, lambda line: say("data", line))
         return 0
     found = [dataset.describe(root) for dataset, root in sets]
-    table = [[job.choices["dataset"], row["state"], row["bytes"] / 1e6, row["download_mb"], row["folder"], row["how"]]
+    table = [[job.choices["dataset"], row["state"], row["bytes"] / 1e6,
+              0.0 if row["state"] == "present" else row["download_mb"], row["folder"], row["how"]]
              for job, row in zip(jobs, found)]  # fmt: skip
     mb = dict.fromkeys(("MB", "to fetch, MB"), lambda n: "?" if n is None else f"{n:,.0f}" if n else "–")
     tables.show(["data set", "state", "MB", "to fetch, MB", "folder", "how"], table, mb, spare=["how", "folder"])

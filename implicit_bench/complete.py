@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .config import config_dir, plural
+from .config import config_dir, files, plural
 from .record import flat
 from .schema import GROUPS, UsageError
 from .terminal import FORMATS
@@ -90,9 +90,9 @@ def _each(key: str, value: str, options: Iterable[str]) -> list[str]:
 
 
 def _override(command: str, given: Sequence[str], key: str, equals: bool, value: str) -> list[str]:
-    folders = [config_dir(), *_config_dirs(given)]
+    search = _config_dirs(given)
     if not equals:
-        keys = list(_keys(command, given, folders))
+        keys = list(_keys(command, given, search))
         whole = [k for k in keys if "." not in k] if "." not in key else keys
         heads = [f"{k.partition('.')[0]}." for k in keys if "." in k] if "." not in key else []
         return [f"{k}=" for k in whole] + list(dict.fromkeys(heads))
@@ -102,8 +102,8 @@ def _override(command: str, given: Sequence[str], key: str, equals: bool, value:
         return [f"run={name}" for name in (*_runs(given, value), "last")]
     if key in GROUPS:
         bracket = "[" if value.startswith("[") else ""
-        return _each(key, value, [f"{bracket}{name}" if "," not in value else name for name in _options(key, folders)])
-    if isinstance(_keys(command, given, folders).get(key), bool):
+        return _each(key, value, [f"{bracket}{name}" if "," not in value else name for name in files(key, search)])
+    if isinstance(_keys(command, given, search).get(key), bool):
         return _each(key, value, ("true", "false"))
     return []
 
@@ -114,26 +114,20 @@ def _config_dirs(given: Sequence[str]) -> list[Path]:
     return [Path(folder) for folder in found]
 
 
-def _options(group: str, folders: Sequence[Path]) -> list[str]:
-    paths = [(path, folder / group) for folder in folders for path in (folder / group).rglob("*.yaml")]
-    return sorted(path.relative_to(top).with_suffix("").as_posix() for path, top in paths)
-
-
-def _keys(command: str, given: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+def _keys(command: str, given: Sequence[str], search: Sequence[Path]) -> dict[str, Any]:
     """Every key with its default value, the groups' names among them; a group's keys are those of the file chosen on
     the line, else of all its files."""
     found: dict[str, Any] = {"plan": False}
-    primary = _yaml(folders[0] / f"{command}.yaml")
+    primary = _yaml(config_dir() / f"{command}.yaml")
     groups = [g for d in primary.get("defaults", ()) if isinstance(d, dict) for g in d]
     if "train" in primary.get("defaults", ()):
-        found |= _keys("train", given, folders)
+        found |= _keys("train", given, search)
     found |= {k: v for k, v in flat(primary).items() if k.partition(".")[0] not in ("defaults", "hydra")}
     chosen = dict(w.split("=", 1) for w in given if "=" in w)
     for group in (g for g in groups if g in GROUPS):
         found[group] = None
-        for name in [chosen[group]] if chosen.get(group) in _options(group, folders) else _options(group, folders):
-            paths = [folder / group / f"{name}.yaml" for folder in folders]
-            content = next((_yaml(p) for p in reversed(paths) if p.exists()), {})
+        paths = files(group, search)
+        for content in map(_yaml, [paths[chosen[group]]] if chosen.get(group) in paths else paths.values()):
             if "_target_" in content:
                 found |= {f"{group}.{k}": v for k, v in flat(content).items() if not k.endswith("_target_")}
     return found

@@ -21,6 +21,13 @@ def config_dir() -> Path:
     raise UsageError(f"no configs beside {here}: the installation is incomplete, install implicit-bench again")
 
 
+def files(group: str, search: Sequence[str | Path] = ()) -> dict[str, Path]:
+    """Every file of a group by the name to choose it with, ours and those of --config-dir, sorted."""
+    folders = [folder / group for folder in (config_dir(), *map(Path, search))]
+    found = {path.relative_to(top).with_suffix("").as_posix(): path for top in folders for path in top.rglob("*.yaml")}
+    return dict(sorted(found.items()))
+
+
 @dataclass
 class Composed:
     """One job: the resolved config as a plain dict, and which file of each group it was composed from."""

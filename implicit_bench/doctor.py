@@ -278,7 +278,7 @@ def _data(runs: Path, data: Path) -> Iterator[Finding]:
 
     for name in KNOWN:
         found = describe(name, data)
-        fetch = f"{NAME} data dataset={name} paths.data={data} fetches it ({found['download_mb']:.0f} MB)"
+        fetch = f"{found['how']} fetches it ({found['download_mb']:.0f} MB)"
         state: State = "warn" if found["state"] == "incomplete" else "ok"
         yield Finding("data set", state, f"{name} {found['state']}", fetch if found["state"] != "present" else "")
 

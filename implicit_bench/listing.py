@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from . import terminal
-from .config import config_dir, plural
+from .config import files, plural
 from .report import tables
 from .schema import GROUPS, UsageError, nearest
 from .words import Words
@@ -23,9 +21,7 @@ def listing(words: Words) -> int:
     wanted = [names[a] for a in words.overrides] or GROUPS
     rows = []
     for group in wanted:
-        folders = [f / group for f in (config_dir(), *map(Path, words.search))]
-        paths = {p.relative_to(f).with_suffix("").as_posix(): p for f in folders for p in f.rglob("*.yaml")}
-        for name, path in sorted(paths.items()):
+        for name, path in files(group, words.search).items():
             comments = [line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
             rows.append((group, name, next((c for c in comments if not c.startswith("@")), "")))
     if terminal.format != "text":

@@ -17,7 +17,7 @@ from typing import Any
 BEAT_S = 5.0
 SILENCE_S = 60.0  # an owner on another machine that has not beaten for so long is dead
 
-Owner = dict[str, Any]  # token, host, place, pid, process_start, attempt, since, as in the lock's JSON
+Owner = dict[str, Any]  # token, host, place, pid, process_start, since, as in the lock's JSON
 
 
 class RunLocked(RuntimeError):
@@ -33,14 +33,13 @@ class RunLock:
     machines need not agree. As with every lease, an owner that slept for so long may wake up replaced: `held()` tells.
     """
 
-    def __init__(self, folder: str | Path, *, attempt: int = 1):
+    def __init__(self, folder: str | Path):
         self.path = Path(folder, "run.lock")
-        self.attempt = attempt
         self._token: str | None = None
 
     def __enter__(self) -> RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._token = _take(self.path, self.attempt)
+        self._token = _take(self.path)
         self._pid = os.getpid()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
@@ -80,7 +79,7 @@ def owner(folder: str | Path) -> Owner | None:
     return found if found and _alive(path, found) else None
 
 
-def _take(path: Path, attempt: int) -> str:
+def _take(path: Path) -> str:
     """Create the lock file and return its token, after removing one whose owner is dead."""
     token = secrets.token_hex(8)
     busy = ""
@@ -101,16 +100,9 @@ def _take(path: Path, attempt: int) -> str:
                 raise RunLocked(_sentence(path, found)) from None
             time.sleep(0.02)  # that one needs a moment to remove it, or to write its name into it
             continue
-        pid = os.getpid()
-        content = {
-            "token": token,
-            "host": socket.gethostname(),
-            "place": _place(),
-            "pid": pid,
-            "process_start": _process(pid)[1],
-            "attempt": attempt,
-            "since": datetime.now().astimezone().isoformat(timespec="seconds"),
-        }
+        pid, now = os.getpid(), datetime.now().astimezone().isoformat(timespec="seconds")
+        content = {"token": token, "host": socket.gethostname(), "place": _place(), "pid": pid,
+                   "process_start": _process(pid)[1], "since": now}  # fmt: skip
         try:
             with os.fdopen(handle, "w") as file:
                 file.write(json.dumps(content))
@@ -129,7 +121,7 @@ def _remove(path: Path, token: str) -> None:
     lock, and a lock with another token is left alone. Should the remover die, its own lock is dead in the same way.
     """
     claim = path.with_name(f"{path.name}.{token}")
-    mine = _take(claim, 0)
+    mine = _take(claim)
     try:
         found = _read(path)
         if found and found["token"] == token:

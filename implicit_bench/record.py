@@ -60,7 +60,7 @@ METRICS = (
     Metric("solve.residual", "relative", "lower", "Residual at exit against |f|; none for an end-time solve."),
     Metric("solve.rhs_norm", "norm", None, "Norm of the backward system's right-hand side."),
     Metric("solve.converged_fraction", "share", "higher", "Share of samples that met the stopping rule."),
-    Metric("memory.peak_mib", "MiB", "lower", "Peak memory of a training step, in a fresh process."),
+    Metric("memory.peak_mib", "MiB", "lower", "Peak memory of the run: torch's on a GPU, else the whole process's."),
     Metric("flops.step", "FLOP", "lower", "Floating-point operations of a training step, counted."),
     Metric("nonfinite_steps", "steps", "lower", "Steps skipped since a loss or gradient was not finite."),
     *(Metric(f"ratio.{part}", "times", "higher", f"Compared row's {part} time over this row's, over paired rounds.")

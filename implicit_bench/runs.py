@@ -87,8 +87,8 @@ def records(dirs: str | Path | Iterable[str | Path] = "runs") -> pandas.DataFram
         {**log.choices(rec["config"]), "seed": rec["config"].get("seed"), **{key: rec[key] for key in plain},
          **record.scalars(rec), **flat({"test": rec["solve"].get("test") or {}}, "solve."),
          **flat({"test_acc_within": rec["metrics"].get("test_acc_within") or {}}, "metrics."),
-         "params": rec["params"]["total"], "hardware": rec["environment"]["hardware"], **{f"config.{k}": v for k, v in flat(rec["config"]).items()},
-         "record": rec}
+         "params": rec["params"]["total"], "hardware": rec["environment"]["hardware"],
+         **{f"config.{k}": v for k, v in flat(rec["config"]).items()}, "record": rec}
         for rec in record.records(folders)
     ])  # fmt: skip
 
@@ -172,6 +172,8 @@ def _matches(word: str, name: str, rec: Mapping[str, Any]) -> bool:
     config = rec.get("config", {})
     if key in RECORDED and key in rec:
         return str(rec[key]) == value
+    if key == "dataset" and f"-{value}-" in name:  # one of one's own has the name of its file
+        return True
     if (picked := log.choices(config)).get(key) is not None:
         return picked[key] == value
     settings = flat(config)

@@ -26,6 +26,8 @@ FILES = {  # what a user may have in the working directory
     "mine/solver/raises.yaml": "_target_: raises.Solver\n",
     "mine/model/wrong.yaml": "# @package _global_\ndefaults:\n  - override /solvr: picard\n",
     "raises.py": "1 / 0\n",
+    "mine/solver/sparse.yaml": "_target_: sparse.Solver\ndamping: 0.5\n",
+    "sparse.py": "class Solver:\n    def __init__(self, damping=0.5, momentum=0.1): ...\n",
     "broken_syntax.py": "def f(:\n",
 }
 MISTAKES = {
@@ -70,6 +72,13 @@ MISTAKES = {
     "train seed=range(3)": "'seed=range(3)' names several values: add -m",
     "train -m seed=range(0,1,0)": "'seed=range(0,1,0)' cannot be read as values",
     "train -m model=glob(zz*)": "'model=glob(zz*)' names no value",
+    "train recipe.milestones=5,10": "recipe.milestones is a list; write recipe.milestones=[5,10]",
+    "train allow_targets=mine": "allow_targets='mine' is not possible; write allow_targets=[mine]",
+    "train dataset=digits dataset.name=mnist": "would be another data set under this one's name; write dataset=mnist",
+    "eval -m run=a,b": "eval takes no -m; it does one thing at a time",
+    "eval nope": "no run 'nope' in runs; ",
+    "train --config-dir seed=1": "--config-dir wants one folder, such as --config-dir my-configs",
+    "train --config-dir mine solver=sparse solver.momentum=1 allow_targets=[sparse]": "write +solver.momentum=1",
     # types and ranges
     "train recipe.lr=inf": "recipe.lr=inf must be positive",
     "train recipe.lr=-1": "recipe.lr=-1 must be positive",
@@ -120,7 +129,7 @@ def here(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     yield tmp_path
-    for module in ("raises", "broken_syntax"):
+    for module in ("raises", "broken_syntax", "sparse"):
         sys.modules.pop(module, None)
 
 

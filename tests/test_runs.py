@@ -56,6 +56,9 @@ def test_the_latest_comes_last_and_filters_are_parts_of_names_or_settings(here, 
     ode = put(here, "ode-digits", clip=None, plot=True, **parts)
     words = ("stop=end_time", "init=f_zero", "solver=torchdiffeq/dopri5", "clip=null", "plot=true")
     assert listed(capsys, *words) == [ode.name]
+    folders = put(here, "deq-imagenet", dataset={"_target_": "implicit_bench.data.ImageFolder"})
+    assert listed(capsys, "dataset=imagenet") == [folders.name]
+    shutil.rmtree(folders)
     shutil.rmtree(ode)
     assert main(["runs"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -240,3 +240,14 @@ def test_it_leaves_the_component_and_the_generator_as_they_were_and_says_the_sam
     assert all(torch.equal(w, before[name]) and w.dtype == torch.float32 for name, w in network.state_dict().items())
     assert all(w.grad is None for w in network.parameters())
     assert (solver.damping, adjoint.rtol, adjoint.max_iter) == (1.0, 1e-2, 50)
+
+
+def test_a_solver_that_does_not_step_is_told_so_once():
+    class Bare(Solver):
+        def step(self, F, state, reduce):
+            return state.z + state.F
+
+    (result,) = testing.check_solver(Bare())
+    assert result.sentence == "step returned a Tensor, not a State; end in return self.at(F, z, state.t)"
+    (result,) = testing.check_solver(type("Nothing", (Solver,), {})())
+    assert "NotImplementedError" in result.sentence

@@ -156,7 +156,7 @@ def verify(name: str, root: Path | str) -> list[Path]:
 
 
 def describe(name: str, root: Path | str) -> dict[str, Any]:
-    """One row of a table: name, state (present | incomplete | absent), folder, files and bytes there, download_mb.
+    """A row of a table, as of ``Dataset.describe``.
 
     Looks at names and sizes only: what is present may still be corrupt (``verify`` tells).
     """
@@ -166,11 +166,7 @@ def describe(name: str, root: Path | str) -> dict[str, Any]:
         folder, state = find_layout(name, root).folder, "present"
     except DataMissing:
         folder, state = known.layouts[0].folder, "incomplete" if found else "absent"
-    return {
-        "name": name,
-        "state": state,
-        "folder": str(root / folder),
-        "files": [path.name for path in found],
-        "bytes": sum(path.stat().st_size for path in found),
-        "download_mb": known.download_mb,
-    }
+    row = {"state": state, "bytes": sum(path.stat().st_size for path in found), "download_mb": known.download_mb}
+    if not known.download:
+        return {**row, "folder": "implicit-bench itself", "how": "a part of implicit-bench"}
+    return {**row, "folder": str(root / folder), "how": command_for(name, root)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import sources
 from .augment import flip_and_crop
-from .files import command_for, describe, lookup, read
+from .files import describe, lookup, read
 from .readers import DataError, DataMissing, Raw
 
 
@@ -252,10 +252,7 @@ class ImageData(Dataset):
         sources.fetch(self.name, root, report)
 
     def describe(self, root: Path) -> dict[str, Any]:
-        row = describe(self.name, root)
-        if not row["download_mb"]:
-            return row | {"folder": "implicit-bench itself", "how": "a part of implicit-bench"}
-        return row | {"how": command_for(self.name, root)}
+        return describe(self.name, root)
 
 
 def _spelled(array: Tensor) -> str:

@@ -56,7 +56,7 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
         for x, y in data.batches(split, settings.batch):
             yield device.images(x), y
 
-    found = _measure(model, batches, device, settings, dataset, run)
+    found = _measure(model, batches, device, settings, dataset)
     found |= {"run": record.name_of(run.folder), "split": settings.split, "n": len(split)}
     independent = model.layer.reduce.per_sample
     out = run.folder / "eval"
@@ -75,7 +75,7 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
             progress("note", "no picture of images by evaluations: all of them take the same, or they lie in files")
     found.pop("_seen")
     (out / f"{settings.split}.json").write_text(json.dumps(record.plain(found), indent=1) + "\n")
-    _print(found, run)
+    _print(found)
     written = " · ".join([f"{settings.split}.json", *(p.name for p in pictures)])
     say("wrote", f"{out}/   {written}")
     return 0
@@ -92,8 +92,8 @@ def _say_changes(run: Run, data: Data, trust: Sequence[str]) -> None:
             say("note", f"{module} has been edited since (hash {is_now}, then {was})", err=True)
 
 
-def _measure(model: Classifier, batches: Batches, device: Device, settings: SimpleNamespace, dataset: Any,
-             run: Run) -> dict[str, Any]:  # fmt: skip
+def _measure(model: Classifier, batches: Batches, device: Device, settings: SimpleNamespace,
+             dataset: Any) -> dict[str, Any]:  # fmt: skip
     """Every pass, with a bar over them."""
     layer = model.layer
     std = torch.tensor(dataset.std).view(1, -1, 1, 1).to(device.torch)
@@ -170,7 +170,7 @@ def _traces(model: Classifier, x: Tensor, solvers: dict[str, Any], device: Devic
     return found
 
 
-def _print(found: dict[str, Any], run: Run) -> None:
+def _print(found: dict[str, Any]) -> None:
     if terminal.format == "json":
         print(json.dumps(record.plain(found), indent=1))
         return

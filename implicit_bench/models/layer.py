@@ -45,14 +45,8 @@ class ImplicitLayer(nn.Module):
             if not good or isinstance(part, type):
                 kind = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
                 raise TypeError(f"ImplicitLayer wants {name} such as {such}, not {kind}")
-        self.cell, self.init, self.solver, self.stop, self.adjoint, self.field = (
-            cell,
-            init,
-            solver,
-            stop,
-            adjoint,
-            field,
-        )
+        self.cell, self.init, self.field = cell, init, field
+        self.solver, self.stop, self.adjoint = solver, stop, adjoint
         self._direct: tuple[list[str], list[str]] | None = None
         self._check()
         wanted = getattr(stop, "per_sample", "auto")
@@ -96,7 +90,8 @@ class ImplicitLayer(nn.Module):
 
         start, probed = self.init(x, f), self._direct
         if start.shape[1:] != (self.cell.size,):
-            raise ValueError(f"the start has {tuple(start.shape[1:])} numbers a sample, but cell.size is {self.cell.size}")
+            numbers = tuple(start.shape[1:])
+            raise ValueError(f"the start has {numbers} numbers a sample, but cell.size is {self.cell.size}")
         F: Field = FixedPoint(f) if (field or self.field) == "equilibrium" else f
         problem = Solve(solver, stop, self.reduce)
         parameters = self.cell.parameters()  # type: ignore[attr-defined]

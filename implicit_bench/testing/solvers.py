@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import EndTime, Field, FixedPoint, OwnLoop, Residual, Solution, Solver, Status, Stop, solve
+from ..core import EndTime, Field, FixedPoint, OwnLoop, Residual, Solution, Solver, State, Status, Stop, solve
 from .kit import Result, check, require, tuned
 from .problems import BATCH, PER_SAMPLE, Root, Watched, f64, flows, random, roots, whirl
 
@@ -58,6 +58,19 @@ def _tol(solver: Any) -> float:
 
 def _names(status: Tensor) -> str:
     return " and ".join(Status(int(s)).name for s in status.unique())
+
+
+@check
+def step(solver: Any) -> str:
+    """Asked first: what does not even step would fail all else in the same words."""
+    case = _cases(solver)[0]
+    F = FixedPoint(case.f)
+    begun = solver.init(F, case.z0, math.inf, PER_SAMPLE)
+    for name, found in (("init", begun), ("step", solver.step(F, begun, PER_SAMPLE))):
+        kind = type(found).__name__
+        require(isinstance(found, State),
+                f"{name} returned a {kind}, not a State; end in return self.at(F, z, state.t)")  # fmt: skip
+    return "init and step return a State"
 
 
 @check
@@ -252,5 +265,7 @@ def check_solver(solver: Any) -> list[Result]:
     alone = [field, nan_row, rows_alone] * ours  # a foreign loop has one step for all rows
     usual = tuned(solver, rtol=1e-3, atol=1e-3, dt=0.1)
     with torch.no_grad():
+        if ours and not (first := step(usual)):
+            return [first]
         return [each(solver if each is end_time and _adapts(solver) else usual)
                 for each in ([fixed_point] * ours + timed + [status, nfe, *alone, dtype, repeat])]  # fmt: skip

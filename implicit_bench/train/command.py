@@ -123,6 +123,7 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
     cfg, code, error = rec["config"], 1, None
     earlier_s = rec["timing"]["total_s"] or 0.0  # of the sessions before this one
     alone = machine.Alone()
+    machine.reset_peak_memory(device.torch)
     try:
         model = device.place(parts.model)
         if device.compile:

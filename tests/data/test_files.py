@@ -132,12 +132,11 @@ def test_verify_returns_what_it_checked(tiny, tmp_path):
 def test_describe(tiny, tmp_path):
     small = tiny("mnist")
     assert describe("mnist", tmp_path) == {
-        "name": "mnist",
         "state": "absent",
         "folder": str(tmp_path / "MNIST/raw"),
-        "files": [],
         "bytes": 0,
         "download_mb": 11.594722,
+        "how": f"implicit-bench data dataset=mnist paths.data={tmp_path}",
     }
     small.put(tmp_path, skip=["t10k-labels-idx1-ubyte"])
     assert describe("mnist", tmp_path)["state"] == "incomplete"

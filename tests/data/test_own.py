@@ -77,7 +77,7 @@ def test_data_goes_by_the_object(mine, capsys, tmp_path):
     assert capsys.readouterr().out == "data    Stripes: 96 + 32 images of 1 x 8 x 8, 2 classes\n"
     assert main(["data", "--config-dir", "mine", mine[0]]) == 0
     (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if "stripes" in line]
-    assert line[:5] == ["stripes", "present", "0", "?", "data"]
+    assert line[:5] == ["stripes", "present", "0", "–", "data"]
     assert main(["data", "--config-dir", "mine", *mine, "+dataset.file=other.npy"]) == 2
     assert capsys.readouterr().err == "implicit-bench: no data/other.npy; draw it yourself\n"
 

@@ -6,7 +6,7 @@ from problems import CentredCell, TanhCell, network, random
 
 from implicit_bench.adjoints import IFT, JFB, Backsolve, Phantom, Unroll
 from implicit_bench.core import EndTime, FixedSteps, Residual, Status
-from implicit_bench.models import Dense, DenseCell, ImplicitLayer, UntiedCell, Zero
+from implicit_bench.models import Dense, DenseCell, ImplicitLayer, SkipNet, UntiedCell, Zero
 from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
 
 
@@ -174,3 +174,11 @@ def test_what_is_no_part_of_a_layer_is_refused_at_once(wrong, said):
 def test_a_network_in_the_place_of_its_cell_is_refused():
     with pytest.raises(TypeError, match=r"ImplicitLayer wants a cell such as network\.cell, not Dense"):
         ImplicitLayer(Dense((1, 8, 8), 10), None, Picard(), Residual(), IFT())
+
+
+def test_a_size_that_is_not_that_of_the_state_is_said():
+    network = Dense((1, 8, 8), 10)
+    network.cell.size = 100
+    layer = ImplicitLayer(network.cell, SkipNet(network), Anderson(), Residual(), IFT())
+    with pytest.raises(ValueError, match=r"the start has \(128,\) numbers a sample, but cell.size is 100"):
+        layer(torch.randn(3, 128))

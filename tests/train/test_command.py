@@ -1,4 +1,5 @@
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 import jobs
 import pytest
 
-from implicit_bench import config, log, record
+from implicit_bench import config, log, machine, record
 from implicit_bench.lock import RunLock, RunLocked
 from implicit_bench.train import command, loop
 
@@ -245,3 +246,12 @@ def test_the_table_begins_with_the_first_epochs_end_and_the_sink_knows(tmp_path,
     jobs.run(tmp_path, "recipe.epochs=2", "progress.log_steps=39", "length=full")
     said = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
     assert said == ["row", "row", "hold", "epoch", "1", "row", "row", "2"]
+
+
+def test_the_peak_of_memory_is_the_runs_own(tmp_path):
+    """And not of what the process did before, such as a sweep's larger jobs."""
+    with mmap.mmap(-1, 2**30) as ballast:
+        for at in range(0, 2**30, 4096):
+            ballast[at] = 1
+        before = machine.peak_memory_mib()
+    assert jobs.run(tmp_path, "recipe.max_steps=2").record["memory"]["peak_mib"] < before - 500
