@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 from ..clock import StepTimer, summary
@@ -207,7 +208,8 @@ class Fit:
     def _live(self, tally: Tally, step_s: float) -> str:
         m = tally.means()
         speed = f"{number(step_s * 1e3)} ms/step"
-        return f"{speed} · loss {m['loss']:.3f} · acc {m['acc']:.3f} · nfe {number(m['nfe_forward'])}"
+        more = f" · acc {m['acc']:.3f} · nfe {number(m['nfe_forward'])}" if get_terminal_size().columns >= 100 else ""
+        return f"{speed} · loss {m['loss']:.3f}{more}"
 
     def _warn_if_long(self, step_s: float, say: Callable[[str], None]) -> None:
         left = step_s * (self.total - self.step.taken)
