@@ -34,6 +34,7 @@ NEEDS = {  # what a choice cannot do without
     **{f"solver={file}": ["model=neural_ode"] for file in files("solver") if file.startswith("torchdiffeq/")},
     "stop=end_time": ["model=neural_ode"],
     "adjoint=backsolve": ["model=neural_ode"],
+    "network=mdeq_imagenet": ["dataset=cifar10"],  # halves an image five times
 }
 SETTABLE = ("network", "init", "solver", "stop", "adjoint", "recipe", "dataset")
 
@@ -126,6 +127,18 @@ def test_parameters_are_the_papers_on_mnist():
     for model, total in (("deq", 134_538), ("skip_reg_cdeq", 134_538), ("skip_deq", 151_050), ("neural_ode", 134_538)):
         parts = config.build(compose(f"model={model}", "dataset=mnist").config)
         assert sum(parts.model.parameter_counts().values()) == total, model
+
+
+@pytest.mark.parametrize(
+    ("network", "dataset", "total", "with_skip_net"),
+    [("mdeq_small", "cifar10", 163_546, 200_122), ("mdeq_large", "cifar10", 10_631_958, 11_186_774),
+     ("mdeq_imagenet", "imagenet", 17_912_456, 18_467_272)],
+)  # fmt: skip
+def test_parameters_are_the_papers_on_cifar10_and_imagenet(network, dataset, total, with_skip_net):
+    with torch.device("meta"):
+        for model, count in (("deq", total), ("skip_deq", with_skip_net)):
+            parts = config.build(compose(f"model={model}", f"network={network}", f"dataset={dataset}").config)
+            assert sum(parts.model.parameter_counts().values()) == count
 
 
 def test_the_sound_protocol():
