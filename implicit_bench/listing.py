@@ -1,12 +1,16 @@
-"""`implicit-bench list`: what can be chosen. Imports neither torch nor Hydra."""
+"""`implicit-bench list`: what can be chosen. Imports no Hydra, and torch only to count parameters (list networks)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from . import terminal
 from .config import files, plural
 from .report import tables
-from .schema import GROUPS, UsageError, nearest
+from .schema import GROUPS, UsageError, locate, nearest
 from .words import Words
+
+PAPERS = (("dense", "mnist"), ("mdeq_small", "cifar10"), ("mdeq_large", "cifar10"), ("mdeq_imagenet", "imagenet"))
 
 
 def listing(words: Words) -> int:
@@ -24,11 +28,43 @@ def listing(words: Words) -> int:
         for name, path in files(group, words.search).items():
             comments = [line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
             rows.append((group, name, next((c for c in comments if not c.startswith("@")), "")))
+    counted = counts() if wanted == ["network"] else []
     if terminal.format != "text":
-        tables.show(["group", "name", "about"], rows)
+        tables.show(*(COUNTED, counted) if counted else (["group", "name", "about"], rows))
         return 0
     for group in wanted:
         if len(wanted) > 1:
             print(f"{group}=")
         print(*(terminal.hanging(f"  {name:<19} ", about) for g, name, about in rows if g == group), sep="\n")
+    if counted:
+        print()
+        tables.show(COUNTED, counted, spare=["state"])
     return 0
+
+
+COUNTED = ["network", "data set", "parameters", "with skip net", "state", "FLOP of one f"]
+
+
+def counts() -> list[list[Any]]:
+    """Parameters, numbers of state a sample and floating-point operations of one call of f on one image (2 a
+    multiply-add), of each network on its paper's data set: counted on modules of the meta device, where nothing is
+    computed."""
+    import torch
+    import yaml
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def made(group: str, name: str, **given: Any) -> Any:
+        node = yaml.safe_load(files(group)[name].read_text("utf-8"))
+        return locate(node.pop("_target_"), group)(**node, **given)
+
+    rows = []
+    for name, dataset in PAPERS:
+        data = made("dataset", dataset)
+        with torch.device("meta"), torch.no_grad():
+            network = made("network", name, shape=data.shape, classes=data.classes).eval()
+            parts = [sum(p.numel() for p in part.parameters()) for part in (network, network.predictor())]
+            ctx = network.cell.begin(network.stem(torch.empty(1, *data.shape)))
+            with FlopCounterMode(display=False) as counter:
+                network.cell(torch.empty(1, network.cell.size), ctx, torch.empty(1))
+        rows.append([name, dataset, parts[0], sum(parts), network.cell.size, counter.get_total_flops()])
+    return rows

@@ -157,6 +157,7 @@ def test_list_names_every_file_and_what_it_says_of_itself(capsys):
         one = capsys.readouterr().out
         assert main(["list", config.plural(group)]) == 0
         assert capsys.readouterr().out == one
+        one = one.partition("\n\n")[0].rstrip("\n") + "\n"  # networks are counted, too
         assert f"{group}=\n{one}" in out
         for path in (CONFIGS / group).rglob("*.yaml"):
             about = next(line[2:] for line in path.read_text().splitlines() if re.match("# [^@]", line))
@@ -491,3 +492,16 @@ def test_a_card_of_checks_as_a_table(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert {row["component"] for row in rows} == {"adjoint=jfb"}
     assert all(row["passed"] is True for row in rows)
+
+
+def test_networks_are_counted_to_the_parameter(capsys):
+    """The papers' counts; a multiply-add is two operations: relu(W z) + U x has 2 * 128 * 128 of them in f."""
+    assert main(["list", "networks", "format=json"]) == 0
+    rows = {row["network"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {name: (row["parameters"], row["with skip net"]) for name, row in rows.items()} == {
+        "dense": (134_538, 151_050), "mdeq_small": (163_546, 200_122), "mdeq_large": (10_631_958, 11_186_774),
+        "mdeq_imagenet": (17_912_456, 18_467_272)}  # fmt: skip
+    assert rows["dense"]["FLOP of one f"] == 2 * 128 * 128
+    assert rows["mdeq_small"]["state"] == 30_720
+    assert main(["list", "networks"]) == 0
+    assert re.search(r"^ mdeq_imagenet +imagenet +17,912,456 +18,467,272 ", capsys.readouterr().out, re.M)

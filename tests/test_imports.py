@@ -58,6 +58,7 @@ THEIRS = {
     "data": {"torch", "numpy", "PIL", "scipy", "torchvision"},
     "log": {"wandb"},
     "report": {"matplotlib"},
+    "listing": {"torch", "yaml"},
     "runs": {"pandas"},
     "complete": {"yaml"},
     "plan": {"torch"},
