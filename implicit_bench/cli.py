@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .help import HELP, PROG, USAGE
 from .schema import UsageError, first_line, nearest
-from .words import Words, plain, split
+from .words import Words, as_meant, plain, split
 
 if TYPE_CHECKING:
     from . import config
@@ -168,7 +168,7 @@ def _composing(task: Callable[[Words], int]) -> Callable[[list[str]], int]:
             rows = "key=a,b lists its rows" if name == "bench" else "it does one thing at a time"
             raise UsageError(f"{name} takes no -m; {rows}")
         if name == "eval":  # as in runs, a plain word names the run
-            plainly = [w if "=" in w else f"run='{w}'" for w in words.overrides]
+            plainly = [w if "=" in w else as_meant(f"run={w}") for w in words.overrides]
             words = words._replace(overrides=plainly)
         if words.flags:
             return _show(name, words)

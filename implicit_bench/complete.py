@@ -37,7 +37,7 @@ compdef _implicit_bench implicit-bench
     "fish": r"""complete -c implicit-bench -f -a '(implicit-bench complete (commandline -cp) 2>/dev/null)'
 """,
 }
-COMPOSING = {"train": "train", "bench": "bench", "check": "check", "eval": "eval", "data": "data"}
+COMPOSING = ("train", "bench", "check", "eval", "data")
 FLAGS = {"train": ("-m", "--config-dir", "--cfg", "--info", "--resolve"), "runs": ("-y",)}
 STATES = ("done", "failed", "interrupted", "running", "stopped")
 WORDS = {"plan": ("true", "false"), "format": FORMATS, "status": STATES}

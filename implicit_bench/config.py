@@ -237,11 +237,11 @@ def _explain(command: str, words: Sequence[Any], error: Exception) -> str:
     for o in words:
         fine = o.is_add() or o.key_or_group in known or o.key_or_group.startswith("hydra")
         fine = fine or (o.input_line in choices and f"'{o.key_or_group}'" not in str(error))  # length, experiment
+        if not fine and _takes(command, choices, o.key_or_group):
+            remedy = f"its class takes it, but its file does not say it: write +{o.input_line}"
+            return f"no key {o.key_or_group!r}; {remedy}"
         if not fine:
-            more = ""
-            if _takes(command, choices, o.key_or_group):
-                more = f"; its class takes it, but its file does not say it: write +{o.input_line}"
-            return no_key(o.key_or_group, known).partition("; ")[0] + more if more else no_key(o.key_or_group, known)
+            return no_key(o.key_or_group, known)
     return first_line(error)
 
 

@@ -32,18 +32,19 @@ def plan_training(jobs: Sequence[config.Composed]) -> int:
         folder = record.lookup(cfg["paths"]["runs"], run_id)
         rec = _record(folder)
         state = "to do" if rec is None else "begun" if rec["status"] == "running" else rec["status"]
+        name = record.folder_name(cfg["model"]["name"], job.choices["dataset"], cfg["seed"], run_id)
+        name = folder.name if folder else name
+        if state == "done" and not cfg["force"]:
+            rows.append([name, "done", 0, None, "", 0.0])
+            continue
         steps = clock.steps(job)
         taken = _saved(folder) if folder and state != "done" else 0
         left = None if steps is None else steps - taken
-        name = record.folder_name(cfg["model"]["name"], job.choices["dataset"], cfg["seed"], run_id)
-        if state == "done" and not cfg["force"]:
-            rows.append([folder.name if folder else name, "done", 0, None, "", 0.0])
-            continue
         ms, source = clock.step_ms(job, device)
         todo += 1
         wait = None if left is None else left * ms / 1e3
         total += wait or 0.0
-        rows.append([folder.name if folder else name, state, left, ms, source, wait])
+        rows.append([name, state, left, ms, source, wait])
     clock.close()
     time_left = {"time": lambda s: "–" if s is None else duration(s) if s else ""}
     tables.show(["job", "state", "steps left", "ms/step", "from", "time"], rows, time_left, spare=["from", "ms/step"])
@@ -72,7 +73,7 @@ def plan_bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
 
 
 def plan_others(command: str, jobs: Sequence[config.Composed]) -> int:
-    """The jobs of eval, check and data, which have no long run before them."""
+    """The jobs of eval and check, which have no long run before them."""
     rows = [[command, " ".join(job.overrides) or "(the defaults)", "to do"] for job in jobs]
     tables.show(["command", "job", "state"], rows)
     say("plan", f"{_jobs(len(jobs))}; nothing was run")

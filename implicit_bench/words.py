@@ -28,7 +28,7 @@ LISTS = ("eval.steps", "eval.noise", "eval.blur", "eval.solvers")  # a comma in 
 TEXTS = ("run",)  # an id such as 12345e1 is no number
 
 
-def _as_meant(word: str) -> str:
+def as_meant(word: str) -> str:
     """What Hydra would take for a sweep or a number, quoted."""
     key, _, value = word.partition("=")
     if key in LISTS and not value.startswith("["):
@@ -49,7 +49,7 @@ def split(args: Sequence[str]) -> Words:
                 raise UsageError(f"plan={value!r} is not possible{nearest(value, ('true', 'false'))}")
             plan = value == "true"
         elif not a.startswith("-"):
-            overrides.append(_as_meant(a))
+            overrides.append(as_meant(a))
         elif a in ("-m", "--multirun"):
             multirun = True
         elif flag in ("-cd", "--config-dir"):

@@ -22,7 +22,7 @@ from ..report import plots, tables
 from ..runs import Run, restore, trusted
 from ..schema import UsageError
 from ..terminal import Bar, number, progress, say, share
-from .look import COLUMNS, Forward, blurred, look, noisy, spectral_radius, within
+from .look import COLUMNS, Forward, Seen, blurred, look, noisy, spectral_radius, within
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -56,7 +56,7 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
         for x, y in data.batches(split, settings.batch):
             yield device.images(x), y
 
-    found = _measure(model, batches, device, settings, dataset)
+    found, seen = _measure(model, batches, device, settings, dataset)
     found |= {"run": record.name_of(run.folder), "split": settings.split, "n": len(split)}
     independent = model.layer.reduce.per_sample
     out = run.folder / "eval"
@@ -65,15 +65,13 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
     if cfg["plot"]:
         x = next(iter(batches()))[0][:100]
         tol = getattr(model.layer.stop, "tol", None)
-        pictures += plots.residuals(out / "residual", _traces(model, x, picked, device), tol, found["run"])
+        pictures += plots.residuals(out / "residual", _traces(model, x, picked), tol, found["run"])
         if not pictures:
             progress("note", "no picture of residuals: this model does not look for a fixed point of one cell")
-        seen = found["_seen"]
         if independent and isinstance(split.x, Tensor) and seen.nfe.unique().numel() > 1:
             pictures += plots.most_and_least(out / "evaluations", split.x, seen, found["run"])
         else:
             progress("note", "no picture of images by evaluations: all of them take the same, or they lie in files")
-    found.pop("_seen")
     (out / f"{settings.split}.json").write_text(json.dumps(record.plain(found), indent=1) + "\n")
     _print(found)
     written = " · ".join([f"{settings.split}.json", *(p.name for p in pictures)])
@@ -93,8 +91,8 @@ def _say_changes(run: Run, data: Data, trust: Sequence[str]) -> None:
 
 
 def _measure(model: Classifier, batches: Batches, device: Device, settings: SimpleNamespace,
-             dataset: Any) -> dict[str, Any]:  # fmt: skip
-    """Every pass, with a bar over them."""
+             dataset: Any) -> tuple[dict[str, Any], Seen]:  # fmt: skip
+    """Every pass, with a bar over them: what was found, and what the model as trained saw."""
     layer = model.layer
     std = torch.tensor(dataset.std).view(1, -1, 1, 1).to(device.torch)
     passes: list[tuple[str, Forward]] = [("as trained", model)]
@@ -133,8 +131,7 @@ def _measure(model: Classifier, batches: Batches, device: Device, settings: Simp
     if settings.radius_images and layer.field == "equilibrium" and not hasattr(layer.cell, "cells"):
         radius = spectral_radius(model, next(iter(batches()))[0][: settings.radius_images])
         found["radius"] = {**dict(zip(QUANTILES, radius.float().cpu().quantile(levels).tolist())), "n": len(radius)}
-    found["_seen"] = clean
-    return found
+    return found, clean
 
 
 def _solvers(names: Sequence[str], trust: Sequence[str], search: Sequence[str]) -> dict[str, Any]:
@@ -149,7 +146,7 @@ def _solvers(names: Sequence[str], trust: Sequence[str], search: Sequence[str]) 
 
 
 @torch.no_grad()
-def _traces(model: Classifier, x: Tensor, solvers: dict[str, Any], device: Device) -> dict[str, Tensor]:
+def _traces(model: Classifier, x: Tensor, solvers: dict[str, Any]) -> dict[str, Tensor]:
     """Relative residual after every step, (steps + 1, B) a solver, from the model's own start on the same images."""
     layer = model.layer
     if layer.field != "equilibrium" or hasattr(layer.cell, "cells"):
