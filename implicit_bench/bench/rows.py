@@ -74,7 +74,7 @@ class Row:
 
     def warm_up(self) -> float:
         """Settle caches and allocator, then put weights and optimiser back; returns ms of a training step."""
-        holders: tuple[Any, ...] = (self.model, self.step.optimizer, self.step.schedule)
+        holders = [self.model, *self.step.stateful]
         state = [copy.deepcopy(holder.state_dict()) for holder in holders]
         times: list[float] = []
 

@@ -102,7 +102,7 @@ def within(model: Classifier, steps: int) -> Forward:
         stop.max_steps = steps
 
     def forward(x: Tensor) -> Output:
-        out = layer._run(model.stem(x), layer.solver, stop, layer.adjoint)
+        out = layer._run(model.stem(x), layer.solver, stop, layer.adjoint, layer.field)
         return Output(model.head(out.z), out)
 
     return forward

@@ -2,11 +2,13 @@
 
 from .cells import Cell, DenseCell, UntiedCell
 from .classifier import Classifier, Output
-from .inits import FZero, SkipNet, Zero
+from .homo import HomoConv, NodeConv
+from .inits import Alternating, DataMean, FZero, Shared, SkipNet, Stem, StemZeros, Zero
 from .layer import ImplicitLayer, LayerOutput
 from .mdeq import Mdeq
 from .networks import Dense, Network
-from .penalties import Penalty, Skip
+from .penalties import InitFit, Penalty, Skip
 
-__all__ = ["Cell", "Classifier", "Dense", "DenseCell", "FZero", "ImplicitLayer", "LayerOutput", "Mdeq", "Network",
-           "Output", "Penalty", "Skip", "SkipNet", "UntiedCell", "Zero"]  # fmt: skip
+__all__ = ["Alternating", "Cell", "Classifier", "DataMean", "Dense", "DenseCell", "FZero", "HomoConv", "ImplicitLayer", "InitFit",
+           "LayerOutput", "Mdeq", "Network", "NodeConv", "Output", "Penalty", "Shared", "Skip", "SkipNet", "Stem",
+           "StemZeros", "UntiedCell", "Zero"]  # fmt: skip

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -27,14 +28,15 @@ class LayerOutput(NamedTuple):
 
 
 class ImplicitLayer(nn.Module):
-    """x -> z with z = f(z, x) (field=equilibrium), or z = z(t1) of dz/dt = f(z, x, t) (field=ode).
+    """x -> z with z = f(z, x) (field=equilibrium), or z = z(t1) of dz/dt = f(z, x, t) (field=ode), or f(z(t1), x, t1)
+    of that (field=ode_then_f, the neural ODE of arXiv 2201.12240's code).
 
     The four choices are independent: any init, solver, stop and adjoint that make sense together; a combination that
     does not is refused with a ValueError that says what to use instead.
     """
 
     def __init__(self, cell: Cell, init: Init, solver: Solver, stop: Stop, adjoint: Adjoint,
-                 field: Literal["equilibrium", "ode"] = "equilibrium"):  # fmt: skip
+                 field: Literal["equilibrium", "ode", "ode_then_f"] = "equilibrium"):  # fmt: skip
         super().__init__()
         for name, part, good, such in (
             ("a cell", cell, hasattr(cell, "begin"), "network.cell"),
@@ -45,9 +47,15 @@ class ImplicitLayer(nn.Module):
             if not good or isinstance(part, type):
                 kind = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
                 raise TypeError(f"ImplicitLayer wants {name} such as {such}, not {kind}")
-        self.cell, self.init, self.field = cell, init, field
+        if field not in ("equilibrium", "ode", "ode_then_f"):
+            raise ValueError(f"field={field!r} must be equilibrium, ode or ode_then_f")
+        self.cell, self.init, self.field = cell, init, "equilibrium" if field == "equilibrium" else "ode"
+        self.last_call = field == "ode_then_f"
+        if getattr(init, "through", False):
+            adjoint = copy(adjoint)
+            adjoint.through_start = True
         self.solver, self.stop, self.adjoint = solver, stop, adjoint
-        self._direct: tuple[list[str], list[str]] | None = None
+        self._direct: tuple[list[str], list[str], list[bool]] | None = None
         self._check()
         wanted = getattr(stop, "per_sample", "auto")
         if wanted is True and not cell.batch_independent:
@@ -59,11 +67,15 @@ class ImplicitLayer(nn.Module):
         self.reduce = Reduce(cell.batch_independent if wanted == "auto" else bool(wanted))
 
     def forward(self, x: Tensor) -> LayerOutput:
-        return self._run(x, self.solver, self.stop, self.adjoint)
+        out = self._run(x, self.solver, self.stop, self.adjoint, self.field)
+        if self.training and hasattr(self.init, "observe"):
+            self.init.observe(out.z.detach())
+        return out
 
     def unrolled(self, x: Tensor, depth: int) -> LayerOutput:
         """`depth` plain applications of the cell with ordinary backpropagation: how the papers pretrain."""
-        return self._run(x, Picard(), FixedSteps(depth), Unroll(), "equilibrium")
+        unroll = Unroll(through_start=self.adjoint.through_start)
+        return self._run(x, Picard(), FixedSteps(depth), unroll, "equilibrium")
 
     @property
     def one_call(self) -> bool:
@@ -77,9 +89,9 @@ class ImplicitLayer(nn.Module):
                 f"solver={_called(self.solver)} does not make one evaluation a step and cannot be held to "
                 f"{steps}; use solver=picard or solver=anderson"
             )
-        return self._run(x, self.solver, FixedSteps(steps), self.adjoint)
+        return self._run(x, self.solver, FixedSteps(steps), self.adjoint, self.field)
 
-    def _run(self, x: Tensor, solver: Solver, stop: Stop, adjoint: Adjoint, field: str | None = None) -> LayerOutput:
+    def _run(self, x: Tensor, solver: Solver, stop: Stop, adjoint: Adjoint, field: str) -> LayerOutput:
         ctx = self.cell.begin(x)
         closure = adjoint.needs_closure and torch.is_grad_enabled()
         if closure:  # one tensor twice, or two of which one comes from the other, would be differentiated twice
@@ -92,17 +104,20 @@ class ImplicitLayer(nn.Module):
         if start.shape[1:] != (self.cell.size,):
             numbers = tuple(start.shape[1:])
             raise ValueError(f"the start has {numbers} numbers a sample, but cell.size is {self.cell.size}")
-        F: Field = FixedPoint(f) if (field or self.field) == "equilibrium" else f
+        F: Field = FixedPoint(f) if field == "equilibrium" else f
         problem = Solve(solver, stop, self.reduce)
         parameters = self.cell.parameters()  # type: ignore[attr-defined]
         learns = x.requires_grad or any(p.requires_grad for p in parameters) or adjoint.through_start
         if torch.is_grad_enabled() and learns:
-            wrt = self._closed_over(ctx, start) if closure else [x] if x.requires_grad else []
+            wrt = self._closed_over(ctx, start, x) if closure else [x] if x.requires_grad else []
             z, solution, log = adjoint(F, start, problem, wrt)
             log.forward_calls += closure and self._direct is not probed  # what f closes over was asked of the cell
         else:  # evaluation, or a frozen layer below a head that trains
             solution, log = problem.untracked(F, start), BackwardLog()
             z = solution.fixed_point if isinstance(F, FixedPoint) else solution.value
+        if self.last_call and field == "ode":
+            log.forward_calls += 1
+            z = log.watch(f(z, z.new_full((len(z),), stop.t1)))
         if hasattr(self.cell, "cells"):  # of cells that differ, |f(z) - z| is no residual
             nothing = torch.full_like(solution.stats.residual, torch.nan)
             solution = replace(solution, stats=replace(solution.stats, residual=nothing))
@@ -110,10 +125,11 @@ class ImplicitLayer(nn.Module):
             log.watch(start)
         return LayerOutput(z, start, solution, log)
 
-    def _closed_over(self, ctx: Any, z: Tensor) -> list[Tensor]:
+    def _closed_over(self, ctx: Any, z: Tensor, x: Tensor) -> list[Tensor]:
         """What f closes over: the context, and the parameters that f itself uses, not those that only `begin` does.
 
-        The latter get their gradient through the context. One used in both places would get part of it twice.
+        The latter get their gradient through the context. One used in both places would get part of it twice. Under
+        x_gradient=one_step what comes from x is a constant of the solve.
         """
         found: list[Tensor] = []
         _map(ctx, found.append)
@@ -127,14 +143,21 @@ class ImplicitLayer(nn.Module):
                     f"adjoint=backsolve needs each parameter in one place, but the cell's {', '.join(both)} is used by "
                     "begin and by forward; let begin return it in the context"
                 )
-            self._direct = list(named), list(direct)
-        return [*(named[name] for name in self._direct[1]), *context]
+            one_step = getattr(self.adjoint, "x_gradient", "exact") == "one_step" and x.requires_grad
+            self._direct = list(named), list(direct), [not (one_step and _used([c], {"x": x})) for c in context]
+        names, kept = self._direct[1:]
+        return [*(named[name] for name in names), *(c for c, keep in zip(context, kept) if keep)]
 
     def _check(self) -> None:
         name = _called(self.solver)
         is_ode, own_loop = self.field == "ode", isinstance(self.solver, OwnLoop)
-        if self.field not in ("equilibrium", "ode"):
-            raise ValueError(f"field={self.field!r} must be equilibrium or ode")
+        if not getattr(self.cell, "injects", True):
+            if not getattr(self.init, "through", False):
+                raise ValueError(f"the cell does not see x, and init={_called(self.init)} does not either; use "
+                                 "init=stem, or init=stem_zeros with network.inject=state")  # fmt: skip
+            if self.stop.needs_equilibrium and not isinstance(self.stop, FixedSteps):
+                raise ValueError(f"the cell does not see x, so that stop={_called(self.stop)} would find one fixed "
+                                 "point for all; use model=neural_ode, or network=homo_conv")  # fmt: skip
         if is_ode and self.stop.needs_equilibrium:
             raise ValueError(f"stop={_called(self.stop)} looks for f(z) = z, but field=ode has no equilibrium "
                              "meaning; use stop=end_time or field=equilibrium")  # fmt: skip

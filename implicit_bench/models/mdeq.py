@@ -101,10 +101,24 @@ class Scales(nn.Module):
         return [p.view(-1, *shape) for p, shape in zip(parts, self.shapes)]
 
     def pack(self, zs: Sequence[Tensor]) -> Tensor:
-        """Branches (B, C, H, W) -> (B, size), one copy."""
+        """The first branches (B, C, H, W), or all -> (B, their numbers), one copy where there are several."""
         if self.channels_last:
             zs = [z.permute(0, 2, 3, 1) for z in zs]
-        return torch.cat([z.flatten(1) for z in zs], 1)
+        flat = [z.flatten(1) for z in zs]
+        return torch.cat(flat, 1) if len(flat) > 1 else flat[0]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """A number for each channel of each branch -> the state (size,) that is constant over pixels."""
+        parts = values.split([shape[0] for shape in self.shapes])
+        return self.pack([part.view(1, -1, 1, 1).expand(1, *shape) for part, shape in zip(parts, self.shapes)])[0]
+
+
+    def by_channel(self, z: Tensor) -> Tensor:
+        """A state (B, size) with each branch as C, H, W, whatever the layout: what a checkpoint holds."""
+        return torch.cat([part.flatten(1) for part in self.unpack(z)], 1)
+
+    def from_channels(self, z: Tensor) -> Tensor:
+        return self.pack([part.view(-1, *shape) for part, shape in zip(z.split(self.sizes, 1), self.shapes)])
 
 
 class Style(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from .layer import LayerOutput
 
@@ -26,3 +27,16 @@ class Skip:
 
     def __call__(self, out: LayerOutput) -> Tensor:
         return self.weight * (out.z - out.start).abs().mean()
+
+
+class InitFit:
+    """weight * smooth L1 (beta 1) of z0 against the solution, a mean over state and batch: how HomoODE's start learns
+    (arXiv 2310.09583, weight 1). The gradient reaches the start alone."""
+
+    def __init__(self, weight: float = 1.0):
+        if not weight >= 0:
+            raise ValueError(f"penalty.init_fit.weight={weight} must not be negative")
+        self.weight = float(weight)
+
+    def __call__(self, out: LayerOutput) -> Tensor:
+        return self.weight * nnf.smooth_l1_loss(out.start, out.z.detach())

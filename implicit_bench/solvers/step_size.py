@@ -33,6 +33,7 @@ class Adaptive(Solver):
     has_time, one_call = True, False
     order: ClassVar[int]
     safety, shrink, grow = 0.9, 0.2, 10.0
+    first: float | None = None  # a first step to try, where the user of the solver knows better than an estimate
 
     def __init__(self, rtol: float = 1e-3, atol: float = 1e-3, controller: Literal["pi", "i"] = "pi"):
         if not (rtol >= 0 and atol > 0):
@@ -43,7 +44,10 @@ class Adaptive(Solver):
 
     def init(self, F: Field, z0: Tensor, t1: float, reduce: Reduce) -> State:
         state = super().init(F, z0, t1, reduce)
-        dt = self._first_step(F, state, t1, reduce)
+        if self.first is None:
+            dt = self._first_step(F, state, t1, reduce)
+        else:
+            dt = torch.full_like(reduce.norm(z0), min(self.first, t1))
         return state._replace(mem=Control(dt, torch.full_like(dt, self.safety), t1))
 
     def moves(self, state: State, going: Tensor) -> Tensor:

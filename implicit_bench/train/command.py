@@ -218,7 +218,7 @@ def _flops(step: Step, data: Data, device: Device) -> int:
     with counter:
         out = step.model(device.images(x))
         torch.nn.functional.cross_entropy(out.logits, y).backward()
-    step.optimizer.zero_grad(set_to_none=True)
+    step.model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
 

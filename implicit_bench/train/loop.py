@@ -89,8 +89,8 @@ class Fit:
         if found is None:
             return None
         checkpoint.put(self.model, found["model"], self.folder)
-        self.step.optimizer.load_state_dict(found["optimizer"])
-        self.step.schedule.load_state_dict(found["schedule"])
+        for part, state in zip(self.step.stateful, found["step_state"]):
+            part.load_state_dict(state)
         self.step.taken, self.step.nonfinite = found["step"], found["nonfinite"]
         self.at = Progress(**found["progress"])
         self.jsonl.truncate(found["jsonl"])
@@ -104,9 +104,9 @@ class Fit:
             self.at.tally = tally.sums
         self._collect_times()
         checkpoint.save(self.folder, {
-            "model": self.model.state_dict(), "optimizer": self.step.optimizer.state_dict(),
-            "schedule": self.step.schedule.state_dict(), "step": self.step.taken, "nonfinite": self.step.nonfinite,
-            "progress": vars(self.at), "jsonl": self.jsonl.offset(),
+            "model": self.model.state_dict(), "step_state": [part.state_dict() for part in self.step.stateful],
+            "step": self.step.taken, "nonfinite": self.step.nonfinite, "progress": vars(self.at),
+            "jsonl": self.jsonl.offset(),
         })  # fmt: skip
         self.saved_step = self.step.taken
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,11 +85,20 @@ class Step:
     ):
         self.model, self.penalties, self.recipe, self.device = model, penalties, recipe, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = recipe.make_optimizer(self.parameters)
+        init: Any = model.layer.init
+        self.every: int = getattr(init, "every", 0)  # steps between two of the start's own, if it has an optimiser
+        self.start = init.optimizer(total_steps) if self.every else ()
+        apart = {id(p) for p in init.parameters()} if self.every else set()
+        self.optimizer = recipe.make_optimizer(p for p in self.parameters if id(p) not in apart)
         self.schedule = recipe.make_schedule(self.optimizer, total_steps)
         self.timer = StepTimer(device.torch)
         self.start_calls: int = model.layer.init.calls
         self.taken, self.nonfinite = 0, 0
+
+    @property
+    def stateful(self) -> list[Any]:
+        """What a checkpoint holds of it, beside the weights."""
+        return [self.optimizer, self.schedule, *self.start]
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Output]:
         """x (B, C, H, W), y (B,) -> task loss () and the model's output. Raises NonFinite."""
@@ -100,7 +110,7 @@ class Step:
             for penalty in self.penalties:
                 loss = loss + penalty(out.layer)
         self.timer.lap("forward")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         self.timer.lap("backward")
         bound = self.recipe.clip if self.recipe.clip is not None else float("inf")
@@ -110,6 +120,9 @@ class Step:
         sane = self.recipe.on_nonfinite == "raise" or bool((norm + loss.detach()).isfinite())
         if sane:  # under raise the answer is read after the clock has stopped: no wait inside a step
             self.optimizer.step()
+            if self.every and self.taken % self.every == 0:
+                for part in self.start:
+                    part.step()
         else:
             self.nonfinite += 1
         self.schedule.step()
