@@ -52,8 +52,9 @@ def learn_once(parts, device, x, y):
     model = device.place(parts.model)
     with device.autocast():
         out = model(device.images(x))
-        loss = torch.nn.functional.cross_entropy(out.logits, y)
-        loss = sum((penalty(out.layer) for penalty in parts.penalties), loss)
+        task = lambda z: torch.nn.functional.cross_entropy(model.head(z), y)  # noqa: E731
+        loss = task(out.layer.z)
+        loss = sum((penalty(out.layer, task) for penalty in parts.penalties), loss)
     loss.backward()
     return loss.detach(), model
 

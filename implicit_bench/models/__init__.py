@@ -3,10 +3,10 @@
 from .cells import Cell, DenseCell, UntiedCell
 from .classifier import Classifier, Output
 from .inits import FZero, SkipNet, Zero
-from .layer import ImplicitLayer, LayerOutput
+from .layer import ImplicitLayer, Iterate, LayerOutput
 from .mdeq import Mdeq
 from .networks import Dense, Network
-from .penalties import Penalty, Skip
+from .penalties import Penalty, Skip, prepare
 
-__all__ = ["Cell", "Classifier", "Dense", "DenseCell", "FZero", "ImplicitLayer", "LayerOutput", "Mdeq", "Network",
-           "Output", "Penalty", "Skip", "SkipNet", "UntiedCell", "Zero"]  # fmt: skip
+__all__ = ["Cell", "Classifier", "Dense", "DenseCell", "FZero", "ImplicitLayer", "Iterate", "LayerOutput", "Mdeq",
+           "Network", "Output", "Penalty", "Skip", "SkipNet", "UntiedCell", "Zero", "prepare"]  # fmt: skip
