@@ -330,4 +330,8 @@ def build(config: dict[str, Any]) -> Parts:
         prepare(layer, penalties)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
+    twice = [name for name, penalty in penalties.items() if getattr(penalty, "twice", False)]
+    if twice and config.get("gpu", {}).get("compile"):
+        raise UsageError(f"penalty=[{twice[0]}] differentiates the cell twice, which torch.compile does not; use "
+                         "gpu.compile=false")  # fmt: skip
     return Parts(Classifier(network, layer), [*penalties.values()], make(config["recipe"], "recipe"), dataset)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from problems import TIGHT, TanhCell, close, counted, network, random
+from problems import TIGHT, TanhCell, close, counted, f64, network, random
 
 from implicit_bench.adjoints import IFT, JFB, Backsolve, Unroll
-from implicit_bench.core import EndTime, FixedSteps
-from implicit_bench.models import ImplicitLayer, Zero, prepare
+from implicit_bench.core import EndTime, FixedSteps, Residual
+from implicit_bench.models import FZero, ImplicitLayer, InitFit, Jacobian, SkipNet, Zero, prepare
 from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
 
 X, G = random(3, 4, seed=7), random(3, 4, seed=8)
@@ -116,3 +116,115 @@ def test_an_evaluation_more_is_counted_and_so_are_its_vjps():
     torch.autograd.grad(fz, z, G, retain_graph=True)
     torch.autograd.grad(fz, z, G)
     assert out.backward.vjps == 2
+
+
+# -------------------------------------------------------------------------------------------------------- init_fit
+
+
+def test_init_fit_is_smooth_l1_and_teaches_the_start_alone():
+    layer = layer_of(init=SkipNet, adjoint=IFT())
+    with torch.no_grad():
+        layer.init.g[0].bias.copy_(f64([0.1, 3.0, 0.2, 5.0]))
+    out = layer(X)
+    penalty = InitFit(0.7)(out, None)
+    d = (out.start - out.z).detach()
+    assert 0 < int((d.abs() < 1).sum()) < 12  # both branches
+    size = [x * x / 2 if abs(x) < 1 else abs(x) - 0.5 for x in d.flatten().tolist()]
+    assert penalty.shape == ()
+    close(penalty.detach(), f64(0.7 * sum(size) / 12), 1e-13)
+    penalty.backward()
+    wanted = torch.autograd.grad(layer.init.g(X), list(layer.init.parameters()), 0.7 * d.clamp(-1, 1) / 12)
+    for p, w in zip(layer.init.parameters(), wanted):
+        close(p.grad, w, 1e-13)
+    assert all(p.grad is None for p in layer.cell.parameters())
+    assert out.backward.vjps == 0
+
+
+def test_init_fit_of_f_zero_teaches_the_cell_through_the_start():
+    layer = layer_of(init=FZero)
+    out = layer(X)
+    got = torch.autograd.grad(InitFit()(out, None), [layer.cell.U, layer.cell.b])
+    start = torch.tanh(layer.cell.begin(X))
+    d = (start - out.z).detach()
+    wanted = torch.autograd.grad(start, [layer.cell.U, layer.cell.b], d.clamp(-1, 1) / 12)
+    for a, b in zip(got, wanted):
+        close(a, b, 1e-13)
+    assert out.backward.vjps == 1
+
+
+# -------------------------------------------------------------------------------------------------------- jacobian
+
+
+def dense(cell, z, x):
+    """J (B, D, D) of tanh(z W + x U + b), J[b, i, j] = df_i / dz_j, with a graph to the parameters, none to z."""
+    return (1 - torch.tanh(z @ cell.W + cell.begin(x)) ** 2).unsqueeze(2) * cell.W.T
+
+
+CASES = [(Anderson(ridge=1e-14), TIGHT, IFT(), "equilibrium"), (Picard(), FixedSteps(4), Unroll(), "equilibrium"),
+         (Tsit5(), EndTime(1.0), Backsolve(), "ode"), (TorchDiffeq(), EndTime(1.0), Unroll(), "ode")]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=["ift", "unroll", "backsolve", "torchdiffeq"])
+def test_the_jacobian_penalty_and_its_gradient_for_given_probes(case):
+    layer = layer_of(*case)
+    calls, x = counted(layer.cell), X.clone().requires_grad_()
+    out = layer(x)
+    before = out.calls(0)
+    torch.manual_seed(5)
+    penalty = Jacobian(0.3, probes=2)(out, None)
+    assert out.calls(0) == before + 1
+    assert out.backward.vjps == 2
+    assert len(calls) == out.calls(0)
+    wrt = [*layer.cell.parameters(), x]
+    got = torch.autograd.grad(penalty, wrt)
+    assert out.backward.vjps == 4  # and the derivative of each
+    torch.manual_seed(5)
+    z = out.z.detach()
+    J = dense(layer.cell, z, x)
+    v = [torch.einsum("bi,bij->bj", torch.randn_like(z), J) for _ in range(2)]
+    wanted = 0.3 * (v[0] ** 2 + v[1] ** 2).sum() / 2 / 12
+    close(penalty, wanted, 1e-14)
+    for a, b in zip(got, torch.autograd.grad(wanted, wrt)):  # were z* followed, W, U, b and x would have more
+        close(a, b, 1e-13)
+        assert float(b.abs().max()) > 1e-4
+
+
+def test_on_average_it_is_the_squared_frobenius_norm(monkeypatch):
+    """Exactly so for probes whose outer products average to the identity: sqrt(D) times each basis vector."""
+    layer = layer_of()
+    out = layer(X)
+    basis = iter(torch.eye(4).double() * 2)
+    monkeypatch.setattr(torch, "randn_like", lambda z: next(basis).expand_as(z))
+    J = dense(layer.cell, out.z.detach(), X).detach()
+    close(Jacobian(1.0, probes=4)(out, None).detach(), (J**2).sum() / 3 / 4, 1e-14)
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    drawn = Jacobian(1.0, probes=2000)(out, None).detach()
+    close(drawn / ((J**2).sum() / 12), f64(1.0), 0.05)
+
+
+def test_a_jacobian_penalty_at_some_steps_only():
+    layer = layer_of()
+    torch.manual_seed(1)
+    out = layer(X)
+    found = [float(Jacobian(1.0, probability=0.25)(out, None).detach()) for _ in range(400)]
+    hit = [value for value in found if value]
+    assert 70 < len(hit) < 130
+    assert out.backward.forward_calls == 1 + len(hit)  # a step without costs nothing
+    torch.manual_seed(1)
+    assert [float(Jacobian(1.0, probability=0.25)(out, None).detach()) for _ in range(400)] == found
+
+
+def test_penalising_the_jacobian_shortens_the_solve():
+    """Taught by nothing else, J shrinks, and with it plain iteration's count of steps."""
+    layer = layer_of(Picard(), Residual(1e-4, max_steps=200), cell=TanhCell(norm=0.95))
+    optimizer = torch.optim.Adam([layer.cell.W], 1e-2)
+    torch.manual_seed(0)
+    steps = []
+    for _ in range(40):
+        out = layer(X)
+        steps.append(float(out.solution.stats.steps.double().mean()))
+        optimizer.zero_grad()
+        Jacobian()(out, None).backward()
+        optimizer.step()
+    assert steps[-1] < 0.7 * steps[0]
