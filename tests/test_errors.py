@@ -60,6 +60,10 @@ MISTAKES = {
     "train model=explicit solver=tsit5": "stop=fixed_steps counts applications of the cell, and solver=tsit5",
     "train network=mdeq_small stop.per_sample=true": "per-sample stopping needs independent samples",
     "train penalty=[jacobian] gpu.compile=true": "penalty=[jacobian] differentiates the cell twice, which",
+    "train penalty=[local_error]": "penalty=[local_error] needs a solver that estimates its error, and solver=broyden",
+    "train model=neural_ode penalty=[correction]": "penalty=[correction] is for iterates of a fixed point, which",
+    "train model=cdeq stop=end_time solver=torchdiffeq/dopri5 penalty=[correction]":
+        "penalty=[correction] needs the iterates of the solve, which solver=torchdiffeq/dopri5 keeps to itself; use",
     "train model=resnet penalty=[jacobian]": "penalty=[jacobian] evaluates the cell again, but",
     "bench model=deq": "bench compares two rows or more; list values, such as model=neural_ode,cdeq",
     "bench model=deq,cdeq seed=0,1": "rows of one bench must share seed, not 0 and 1; bench them apart",
@@ -96,6 +100,7 @@ MISTAKES = {
     "train adjoint.rtol=-1": "adjoint.rtol=-1",
     "train penalty=[jacobian] penalty.jacobian.weight=-1": "penalty.jacobian.weight=-1 must not be negative",
     "train penalty=[jacobian] penalty.jacobian.probability=0": "penalty.jacobian.probability=0 must lie in (0, 1]",
+    "train penalty=[correction] penalty.correction.n=0": "penalty.correction.n=0 must be at least 1",
     "train penalty=[init_fit] penalty.init_fit.weight=-1": "penalty.init_fit.weight=-1 must not be negative",
     "train network.hidden=0": "network.hidden=0 must be at least 1",
     "train -m stop.tol=1e-2,-1e-2": "stop.tol=-0.01 must be positive",

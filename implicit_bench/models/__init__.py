@@ -6,8 +6,8 @@ from .inits import FZero, SkipNet, Zero
 from .layer import ImplicitLayer, Iterate, LayerOutput
 from .mdeq import Mdeq
 from .networks import Dense, Network
-from .penalties import InitFit, Jacobian, Penalty, Skip, prepare
+from .penalties import Correction, InitFit, Jacobian, LocalError, Penalty, Skip, prepare
 
-__all__ = ["Cell", "Classifier", "Dense", "DenseCell", "FZero", "ImplicitLayer", "InitFit", "Iterate", "Jacobian",
-           "LayerOutput", "Mdeq", "Network", "Output", "Penalty", "Skip", "SkipNet", "UntiedCell", "Zero",
-           "prepare"]  # fmt: skip
+__all__ = ["Cell", "Classifier", "Correction", "Dense", "DenseCell", "FZero", "ImplicitLayer", "InitFit", "Iterate",
+           "Jacobian", "LayerOutput", "LocalError", "Mdeq", "Network", "Output", "Penalty", "Skip", "SkipNet",
+           "UntiedCell", "Zero", "prepare"]  # fmt: skip

@@ -43,11 +43,14 @@ class LayerOutput(NamedTuple):
         out = f(z, t)
         return self.backward.watch(out.view_as(out))  # a view: the second derivative may come by f's own output
 
-    def after(self, steps: Tensor) -> Iterate:
-        """Where each row stood after so many steps, (R,) with R = 1 for all alike, each at most those it made."""
+    def kept(self) -> list[Iterate]:
         if not self.iterates:
             raise ValueError("the layer kept no iterates; set layer.keep_iterates = True before it solves")
-        z, t, dt = self.iterates[0]
+        return self.iterates
+
+    def after(self, steps: Tensor) -> Iterate:
+        """Where each row stood after so many steps, (R,) with R = 1 for all alike, each at most those it made."""
+        z, t, dt = self.kept()[0]
         wanted = range(len(self.iterates)) if steps.is_cuda else set(steps.tolist())  # on CUDA the host does not look
         for k in wanted:
             new, here = self.iterates[k], steps == k

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from ..core import OwnLoop
+from ..core import Field, FixedPoint, OwnLoop, Reduce, Solver
+from ..solvers import Bosh3, Tableau, Vcab3
+from ..solvers.runge_kutta import attempt, weighted
 from .layer import ImplicitLayer, LayerOutput, called
 
 Loss = Callable[[Tensor], Tensor]
@@ -125,3 +127,93 @@ class Jacobian(Weighted):
             (v,) = torch.autograd.grad(dot, z, create_graph=True, materialize_grads=True)
             total = total + out.backward.watch(v).square().mean()
         return self.weight / self.probes * total
+
+
+class Correction(Weighted):
+    """weight * sum over i = 0 .. n - 1 of gamma^(n - i) loss(f(z_i)): the head is to be right on the way to z*, too.
+
+    The sparse fixed-point correction of DEQ-Flow (Bai et al., arXiv 2204.08442): the task loss and this are its code's
+    sum over n + 1 predictions, in which z* has weight 1, gamma = .8, each prediction being one tracked application of f
+    to a detached iterate; torchdeq (arXiv 2310.18605) has the same. Theirs are the iterates at equal parts of the
+    largest number of steps, and the best so far; here they are those of each sample after the part (i + 1) / (n + 1),
+    rounded down, of the steps that it made, as a solve may end long before its cap.
+
+    Cost: n evaluations, n VJPs. Memory: their n graphs and the iterates of the solve, (steps + 1) B D numbers.
+    """
+
+    iterates = True
+
+    def __init__(self, weight: float = 1.0, n: int = 2, gamma: float = 0.8):
+        super().__init__(weight)
+        if n < 1:
+            raise ValueError(f"{self._key('n')}={n} must be at least 1")
+        if not 0 < gamma <= 1:
+            raise ValueError(f"{self._key('gamma')}={gamma} must lie in (0, 1]")
+        self.n, self.gamma = n, float(gamma)
+
+    def check(self, layer: ImplicitLayer) -> None:
+        super().check(layer)
+        if layer.field == "ode":
+            raise ValueError("penalty=[correction] is for iterates of a fixed point, which field=ode does not have; "
+                             "use penalty=[local_error] or field=equilibrium")  # fmt: skip
+
+    def __call__(self, out: LayerOutput, loss: Loss) -> Tensor:
+        total, steps = out.solution.value.new_zeros(()), out.solution.stats.steps
+        for i in range(self.n):
+            z, t, _ = out.after((i + 1) * steps // (self.n + 1))
+            total = total + self.gamma ** (self.n - i) * loss(out.again(z, t))
+        return self.weight * total
+
+
+class LocalError(Weighted):
+    """weight * mean over rows of |h| rms(e), e the embedded error of one step h from z(t), at a random t of the solve.
+
+    Local regularisation (Pal, Edelman & Rackauckas, arXiv 2303.02262): fields that are easy to integrate need fewer
+    evaluations, whatever the adjoint. One accepted step of each row, or of the batch where it is one system, is drawn
+    (their biased sampling: the solver's own times), and taken again from its detached state; t and h are constants. The
+    gradient reaches parameters and x through the evaluations of that step alone. vcab3 knows no such error, and has
+    Bosh3's taken, as at its start.
+    Ours: h is the step that the solve took, where theirs is a new first step from z(t); and e is not divided by the
+    tolerance, as in their code, so that the penalty does not change with it. Their weights, 100 falling to 10, are of
+    e / (.05 + .05 |z|).
+
+    Cost: as many evaluations as the method has stages (tsit5 and dopri5 7, bosh3 and vcab3 4), and as many VJPs.
+    Memory: their graphs and the iterates of the solve, (steps + 1) B D numbers. Zero, at no cost, where no ODE solver
+    was at work: in pretraining. The draw is from torch's global generators, which a checkpoint keeps.
+    """
+
+    iterates = True
+
+    def __init__(self, weight: float = 100.0):
+        super().__init__(weight)
+
+    def check(self, layer: ImplicitLayer) -> None:
+        super().check(layer)
+        if _embedded(layer.solver) is None:
+            raise ValueError(f"penalty=[local_error] needs a solver that estimates its error, and "
+                             f"solver={called(layer.solver)} does not; use solver=tsit5 or solver=vcab3")  # fmt: skip
+
+    def __call__(self, out: LayerOutput, loss: Loss) -> Tensor:
+        tableau = _embedded(out.solver)
+        if tableau is None:
+            return out.solution.value.new_zeros(())
+        t = torch.stack([kept.t for kept in out.kept()])
+        h = out.iterates[0].dt
+        assert h is not None  # (R, 1), with R = 1 where the batch is one system
+        ended = torch.arange(len(t), device=t.device).unsqueeze(1) >= out.solution.stats.steps  # a row's solve is over
+        accepted = (t.diff(dim=0, append=t[-1:]) > 0) & ~ended
+        chance = torch.rand(len(t), len(h), device=t.device).where(accepted[:, : len(h)], -1.0)
+        z, t, h = out.after(chance.argmax(0))
+        assert h is not None
+        h = h.where(accepted.any(0)[: len(h)].unsqueeze(1), 0.0)  # a row that accepted none has no error
+        F: Field = FixedPoint(out.again) if isinstance(out.F, FixedPoint) else out.again
+        new, stages = attempt(tableau, F, Solver.at(F, z, t), h)
+        stages.append(F(new, t + h.squeeze(1)))
+        e = weighted(tableau.e, stages) * h
+        return self.weight * (h * Reduce(per_sample=len(h) == len(z)).rms(e)).mean()
+
+
+def _embedded(solver: Solver) -> Tableau | None:
+    """The pair of methods whose difference is the solver's error, if it has one."""
+    tableau = Bosh3.tableau if isinstance(solver, Vcab3) else getattr(solver, "tableau", None)
+    return tableau if tableau is not None and tableau.e else None

@@ -1,15 +1,20 @@
 """What each penalty is, in numbers worked out by hand; where its gradient goes; what it costs; whom it refuses."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
-from problems import TIGHT, TanhCell, close, counted, f64, network, random
+from problems import TIGHT, CentredCell, TanhCell, close, counted, f64, network, random
 
 from implicit_bench.adjoints import IFT, JFB, Backsolve, Unroll
 from implicit_bench.core import EndTime, FixedSteps, Residual
-from implicit_bench.models import FZero, ImplicitLayer, InitFit, Jacobian, SkipNet, Zero, prepare
-from implicit_bench.solvers import Anderson, Picard, TorchDiffeq, Tsit5
+from implicit_bench.models import DenseCell, FZero, ImplicitLayer, Iterate, SkipNet, UntiedCell, Zero, prepare
+from implicit_bench.models.penalties import Correction, InitFit, Jacobian, LocalError
+from implicit_bench.solvers import RK4, Anderson, Bosh3, Dopri5, Euler, Homotopy, Picard, TorchDiffeq, Tsit5, Vcab3
 
 X, G = random(3, 4, seed=7), random(3, 4, seed=8)
+UNTIED = UntiedCell([DenseCell(4), DenseCell(4)])
 
 
 def layer_of(solver=None, stop=TIGHT, adjoint=None, field="equilibrium", cell=None, keep=False, init=Zero):
@@ -228,3 +233,228 @@ def test_penalising_the_jacobian_shortens_the_solve():
         Jacobian()(out, None).backward()
         optimizer.step()
     assert steps[-1] < 0.7 * steps[0]
+
+
+# ------------------------------------------------------------------------------------------------------ correction
+
+
+def test_the_correction_is_the_loss_of_f_at_iterates_and_so_is_its_gradient():
+    layer = layer_of(Picard(), FixedSteps(7), keep=True)
+    x = X.clone().requires_grad_()
+    calls = counted(layer.cell)
+    out = layer(x)
+    penalty = Correction(0.5, n=2, gamma=0.9)(out, lambda z: (z * G).sum())
+    assert len(calls) == out.calls(0) == 7 + 1 + 2  # the solve's, the re-attaching one, the penalty's
+    assert int(out.solution.stats.steps[0]) == 6  # a third and two thirds of the way
+    ctx, z, wanted = layer.cell.begin(x), torch.zeros(3, 4).double(), 0
+    for k in range(5):
+        fz = layer.cell(z, ctx, None)
+        wanted = wanted + {2: 0.81, 4: 0.9}.get(k, 0.0) * 0.5 * (fz * G).sum()
+        z = fz.detach()
+    close(penalty, wanted, 1e-14)
+    wrt = [*layer.cell.parameters(), x]
+    for a, b in zip(torch.autograd.grad(penalty, wrt), torch.autograd.grad(wanted, wrt)):
+        close(a, b, 1e-14)
+    assert out.backward.vjps == 2
+
+
+def test_each_row_is_corrected_along_its_own_solve():
+    layer = layer_of(Picard(), Residual(1e-3, max_steps=100), keep=True)
+    with torch.no_grad():
+        layer.cell.U.mul_(4)
+    x = X * torch.tensor([[0.01], [1.0], [4.0]])
+    out = layer(x)
+    steps = out.solution.stats.steps.tolist()
+    assert len(set(steps)) == 3
+    seen = []
+    Correction(n=3)(out, lambda z: seen.append(z.detach()) or z.sum())
+    ctx = layer.cell.begin(x)
+    for i, fz in enumerate(seen):
+        z = torch.stack([out.iterates[(i + 1) * k // 4].z[row] for row, k in enumerate(steps)])
+        close(fz, layer.cell(z, ctx, None).detach(), 1e-15)
+
+
+def test_task_loss_and_correction_are_what_torchdeq_sums():
+    loss = pytest.importorskip("torchdeq.loss")
+    layer = layer_of(Picard(), FixedSteps(9), keep=True)
+    out = layer(X)
+    states = []
+
+    def task(z):
+        states.append(z)
+        return ((z - G) ** 2).mean()
+
+    ours = Correction(n=3)(out, task) + task(out.z)
+    close(ours, loss.fp_correction(lambda z: ((z - G) ** 2).mean(), (states,), gamma=0.8), 1e-15)
+
+
+# ------------------------------------------------------------------------------------------------------ local_error
+
+
+class LinearCell(TanhCell):
+    def forward(self, z, ctx, t):
+        return z @ self.W + ctx
+
+
+class TimedCell(TanhCell):
+    def forward(self, z, ctx, t):
+        return torch.tanh(z @ self.W + ctx) * torch.cos(3 * t).unsqueeze(1)
+
+
+def along(layer, x, path, steps):
+    """The output of a solve, as if it had passed `path`, rows of (z, t (B,), dt (R,))."""
+    out = layer(x)
+    iterates = [Iterate(z, f64(t), f64(dt).unsqueeze(1)) for z, t, dt in path]
+    stats = replace(out.solution.stats, steps=torch.tensor(steps))
+    return out._replace(iterates=iterates, solution=replace(out.solution, stats=stats))
+
+
+@pytest.mark.parametrize("field", ["ode", "equilibrium"])
+@pytest.mark.parametrize("solver", [Bosh3(), Vcab3()], ids=["bosh3", "vcab3"])
+def test_the_local_error_of_a_linear_field_by_hand(solver, field):
+    """dz/dt = A z + c with F its value at z: Bosh3's stages add up to e = -h/48 (hA)^2 (I + hA) F."""
+    layer = layer_of(solver, EndTime(1.0), Unroll(), field, LinearCell())
+    x = X.clone().requires_grad_()
+    z = [random(3, 4, seed=k) for k in (21, 22, 23)]
+    h = [[0.3, 0.1, 0.2], [0.15, 0.05, 0.4], [0.6, 0.7, 0.5]]
+    t = [[0.0, 0.0, 0.0], [0.0, 0.1, 0.0], [0.15, 0.1, 0.4]]
+    out = along(layer, x, [*zip(z, t, h), (z[0], [0.5, 0.8, 0.9], h[0])], [2, 1, 3])
+    calls, before = counted(layer.cell), out.calls(0)
+    begins = [1, 0, 2]  # row 0: its first attempt was rejected; 1: its solve ended then; 2: rejected, then either
+    A = layer.cell.W - (torch.eye(4).double() if field == "equilibrium" else 0.0)
+
+    def by_hand(begins):
+        at = torch.stack([z[k][row] for row, k in enumerate(begins)])
+        size = f64([h[k][row] for row, k in enumerate(begins)]).unsqueeze(1)
+        once = (at @ A + layer.cell.begin(x)) @ A * size
+        e = -size / 48 * (once @ A * size + once @ A @ A * size**2)
+        return 2.0 * (size.squeeze(1) * e.square().mean(1).sqrt()).mean()
+
+    either, wrt = [by_hand([1, 0, 1]), by_hand(begins)], [*layer.cell.parameters(), x]
+    found = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        penalty = LocalError(2.0)(out, None)
+        which = min((0, 1), key=lambda i: abs(float(penalty.detach() - either[i].detach())))
+        found.add(which)
+        close(penalty, either[which], 1e-15)
+    assert found == {0, 1}
+    assert len(calls) == out.calls(0) - before == 12 * 4
+    got = torch.autograd.grad(penalty, wrt)
+    assert out.backward.vjps == 4
+    for a, b in zip(got, torch.autograd.grad(either[which], wrt)):
+        close(a, b, 1e-14)
+        assert b.any()
+
+
+@pytest.mark.parametrize("solver", [Tsit5(), Dopri5()], ids=["tsit5", "dopri5"])
+def test_its_gradient_is_that_of_a_step_written_out(solver):
+    layer = layer_of(solver, EndTime(1.0), Unroll(), "ode", TimedCell())
+    z, t, h = random(3, 4, seed=21), f64([0.2, 0.4, 0.1]), f64([0.5, 0.3, 0.8])
+    out = along(layer, X, [(z, t.tolist(), h.tolist()), (z, (t + h).tolist(), h.tolist())], [1, 1, 1])
+    penalty = LocalError(1.0)(out, None)
+    a, c, e = solver.tableau
+    ctx, k = layer.cell.begin(X), []
+    for row, node in zip(((), *a), (0.0, *c)):
+        k.append(layer.cell(z + h[:, None] * sum(w * s for w, s in zip(row, k)), ctx, t + node * h))
+    error = h[:, None] * sum(w * s for w, s in zip(e, k))
+    wanted = (h * error.square().mean(1).sqrt()).mean()
+    close(penalty, wanted, 1e-15)
+    assert out.backward.forward_calls == len(e)
+    wrt = list(layer.cell.parameters())
+    for p, q in zip(torch.autograd.grad(penalty, wrt), torch.autograd.grad(wanted, wrt)):
+        close(p, q, 1e-15)
+    assert out.backward.vjps == len(e)
+
+
+def test_a_batch_that_is_one_system_has_one_error():
+    layer = layer_of(Bosh3(1e-5, 1e-5), EndTime(1.0), Unroll(), "ode", CentredCell(), keep=True)
+    out = layer(X)
+    torch.manual_seed(0)
+    first = LocalError(1.0)(out, None)
+    found = set()
+    for z, t, h in out.iterates[:-1]:
+        F0 = out.again(z, t)
+        k2 = out.again(z + h / 2 * F0, t)
+        k3 = out.again(z + 0.75 * h * k2, t)
+        new = z + h * (2 * F0 + 3 * k2 + 4 * k3) / 9
+        e = h * (-5 / 72 * F0 + k2 / 12 + k3 / 9 - out.again(new, t) / 8)
+        found.add(float((h * e.square().mean().sqrt()).detach()))
+    assert len(found) > 3
+    assert min(abs(value - float(first.detach())) for value in found) < 1e-15
+    torch.manual_seed(0)
+    assert torch.equal(LocalError(1.0)(out, None), first)
+
+
+def test_each_accepted_step_is_as_likely():
+    layer = layer_of(Tsit5(1e-5, 1e-5), EndTime(3.0), Unroll(), "ode", keep=True)
+    out = layer(X[:1])
+    z = [kept.z for kept in out.iterates]
+    moved = [k for k in range(len(z) - 1) if out.iterates[k + 1].t > out.iterates[k].t]
+    torch.manual_seed(0)
+    values = [f"{float(LocalError(1.0)(out, None).detach()):.6e}" for _ in range(100 * len(moved))]
+    counts = [values.count(value) for value in set(values)]
+    assert len(counts) == len(moved) > 3
+    assert min(counts) > 60
+    assert max(counts) < 140
+
+
+def test_no_step_and_no_ode_solver_are_no_error():
+    layer = layer_of(Tsit5(), Residual(0.1), keep=True, cell=LinearCell())
+    with torch.no_grad():
+        layer.cell.U.zero_()
+        layer.cell.b.zero_()  # z = 0 is the fixed point
+    out = layer(X)
+    assert int(out.solution.stats.steps.max()) == 0
+    assert float(LocalError()(out, None).detach()) == 0
+    pretrained = layer.unrolled(X, 3)
+    assert float(LocalError()(pretrained, None)) == 0
+    assert pretrained.backward.forward_calls == 0
+
+
+def test_penalising_local_errors_saves_evaluations():
+    layer = layer_of(Tsit5(1e-4, 1e-4), EndTime(1.0), Backsolve(), "ode", cell=TanhCell(norm=3.0), keep=True)
+    optimizer = torch.optim.Adam(layer.cell.parameters(), 5e-2)
+    torch.manual_seed(0)
+    calls = []
+    for _ in range(60):
+        out = layer(X)
+        calls.append(float(out.solution.stats.nfe.double().mean()))
+        optimizer.zero_grad()
+        LocalError(1e4)(out, None).backward()
+        optimizer.step()
+    assert sum(calls[-10:]) / 10 < 0.85 * calls[0]
+
+
+REFUSED = [
+    (Correction(), (Tsit5(), EndTime(), Unroll(), "ode"),
+     "penalty=[correction] is for iterates of a fixed point, which field=ode does not have; "
+     "use penalty=[local_error] or field=equilibrium"),
+    *((LocalError(), (solver, stop, JFB()),
+       f"penalty=[local_error] needs a solver that estimates its error, and solver={name} does not; "
+       "use solver=tsit5 or solver=vcab3")
+      for solver, stop, name in ((Picard(), Residual(), "picard"), (Anderson(), Residual(), "anderson"),
+                                 (Euler(), Residual(), "euler"), (RK4(), EndTime(), "rk4"),
+                                 (Homotopy(), Residual(), "homotopy"))),
+    *((penalty, (Picard(), FixedSteps(2), Unroll(), "equilibrium", UNTIED),
+       f"penalty=[{name}] evaluates the cell again, but untied cells are applied once each, in turn; "
+       "use penalty=[none]")
+      for penalty, name in ((Jacobian(), "jacobian"), (Correction(), "correction"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("penalty", "parts", "sentence"), REFUSED)
+def test_what_does_not_suit_a_layer_is_refused(penalty, parts, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        prepare(layer_of(*parts), {"mine": penalty})
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [
+    (Jacobian, {"weight": -1}), (Jacobian, {"probes": 0}), (Jacobian, {"probability": 1.5}), (InitFit, {"weight": -1}),
+    (Correction, {"weight": -1}), (Correction, {"n": 0}), (Correction, {"gamma": 0}), (LocalError, {"weight": -1}),
+])  # fmt: skip
+def test_settings_out_of_range(kind, wrong):
+    ((key, value),) = wrong.items()
+    name = {InitFit: "init_fit", LocalError: "local_error"}.get(kind, kind.__name__.lower())
+    with pytest.raises(ValueError, match=rf"^penalty\.{name}\.{key}={value} must "):
+        kind(**wrong)
