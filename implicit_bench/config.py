@@ -317,16 +317,21 @@ def build(config: dict[str, Any]) -> Parts:
     """Make every component of a resolved config. Raises UsageError where two of them do not go together."""
     import torch
 
-    from .models import Classifier, ImplicitLayer
+    from .models import Classifier, ImplicitLayer, prepare
 
     dataset = make(config["dataset"], "dataset")
     torch.manual_seed(config["seed"])
     network = make(config["network"], "network", shape=dataset.shape, classes=dataset.classes)
     init = make(config["init"], "init", network=network)
     parts = {name: make(config[name], name) for name in ("solver", "stop", "adjoint")}
+    penalties = {name: make(node, f"penalty.{name}") for name, node in (config["penalty"] or {}).items()}
     try:
         layer = ImplicitLayer(network.cell, init, field=config["field"], **parts)
+        prepare(layer, penalties)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
-    penalties = [make(node, f"penalty.{name}") for name, node in (config["penalty"] or {}).items()]
-    return Parts(Classifier(network, layer), penalties, make(config["recipe"], "recipe"), dataset)
+    twice = [name for name, penalty in penalties.items() if getattr(penalty, "twice", False)]
+    if twice and config.get("gpu", {}).get("compile"):
+        raise UsageError(f"penalty=[{twice[0]}] differentiates the cell twice, which torch.compile does not; use "
+                         "gpu.compile=false")  # fmt: skip
+    return Parts(Classifier(network, layer), [*penalties.values()], make(config["recipe"], "recipe"), dataset)

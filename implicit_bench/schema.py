@@ -20,7 +20,8 @@ LABELS = ("model", "protocol", "experiment", "tune", "length")  # what they say 
 GROUPS = ("network", "init", "solver", "stop", "adjoint", "penalty", "recipe", "gpu", "logger", "dataset", "model",
           "protocol", "experiment", "length")  # fmt: skip
 PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type, and the least a number may be
-    "seed": (int, 0), "force": (bool, 0), "field": (Literal["equilibrium", "ode", "ode_then_f"], 0), "allow_targets": (list[str], 0),
+    "seed": (int, 0), "force": (bool, 0), "field": (Literal["equilibrium", "ode", "ode_then_f"], 0),
+    "allow_targets": (list[str], 0),
     "progress.log_steps": (int, 1), "progress.save_s": (float, 0), "paths.runs": (str, 0), "paths.data": (str, 0),
     "loader.workers": (int | Literal["auto"], 0),
     "run": (str, 0), "plot": (bool, 0), "eval.split": (Literal["train", "val", "test"], 0),

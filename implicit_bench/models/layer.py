@@ -4,16 +4,23 @@ import re
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..adjoints import Adjoint, BackwardLog, Solve, Unroll
-from ..core import Field, FixedPoint, FixedSteps, OwnLoop, Reduce, Solution, Solver, Stop
+from ..core import Field, FixedPoint, FixedSteps, OwnLoop, Reduce, Solution, Solver, State, Stop
 from ..solvers import Picard
 from .cells import Cell
 from .inits import Init
+
+
+class Iterate(NamedTuple):
+    z: Tensor  # (B, D) without gradient
+    t: Tensor  # (B,)
+    dt: Tensor | None  # (R, 1) the step that is tried from here; None where the solver has none
 
 
 class LayerOutput(NamedTuple):
@@ -21,10 +28,35 @@ class LayerOutput(NamedTuple):
     start: Tensor  # (B, D) with gradient, for penalties
     solution: Solution
     backward: BackwardLog  # filled in by the backward
+    F: Field  # what was solved, a FixedPoint or f itself
+    solver: Solver  # by whom
+    iterates: list[Iterate]  # the start and where each step led, if keep_iterates
 
     def calls(self, start_calls: int) -> int:
         """Evaluations of f in the forward: the start's own, the solve's, the re-attaching one."""
         return start_calls + self.solution.stats.calls + self.backward.forward_calls
+
+    def again(self, z: Tensor, t: Tensor) -> Tensor:
+        """f(z, t) once more, for a penalty: the evaluation is counted, and so is every VJP of it."""
+        f = self.F.f if isinstance(self.F, FixedPoint) else self.F
+        self.backward.forward_calls += 1
+        out = f(z, t)
+        return self.backward.watch(out.view_as(out))  # a view: the second derivative may come by f's own output
+
+    def kept(self) -> list[Iterate]:
+        if not self.iterates:
+            raise ValueError("the layer kept no iterates; set layer.keep_iterates = True before it solves")
+        return self.iterates
+
+    def after(self, steps: Tensor) -> Iterate:
+        """Where each row stood after so many steps, (R,) with R = 1 for all alike, each at most those it made."""
+        z, t, dt = self.kept()[0]
+        wanted = range(len(self.iterates)) if steps.is_cuda else set(steps.tolist())  # on CUDA the host does not look
+        for k in wanted:
+            new, here = self.iterates[k], steps == k
+            z, t = torch.where(here.unsqueeze(1), new.z, z), torch.where(here, new.t, t)
+            dt = dt if dt is None or new.dt is None else torch.where(here.unsqueeze(1), new.dt, dt)
+        return Iterate(z, t, dt)
 
 
 class ImplicitLayer(nn.Module):
@@ -32,8 +64,11 @@ class ImplicitLayer(nn.Module):
     of that (field=ode_then_f, the neural ODE of arXiv 2201.12240's code).
 
     The four choices are independent: any init, solver, stop and adjoint that make sense together; a combination that
-    does not is refused with a ValueError that says what to use instead.
+    does not is refused with a ValueError that says what to use instead. `keep_iterates`: a tracked solve keeps all its
+    states for the penalties that ask for them, (steps + 1) B D numbers.
     """
+
+    keep_iterates: bool = False
 
     def __init__(self, cell: Cell, init: Init, solver: Solver, stop: Stop, adjoint: Adjoint,
                  field: Literal["equilibrium", "ode", "ode_then_f"] = "equilibrium"):  # fmt: skip
@@ -62,7 +97,7 @@ class ImplicitLayer(nn.Module):
             raise ValueError("per-sample stopping needs independent samples, but this network uses batch statistics; "
                              "use stop.per_sample=false or network.norm=group")  # fmt: skip
         if wanted is True and isinstance(solver, OwnLoop):
-            raise ValueError(f"stop.per_sample=true is for our own solvers: solver={_called(solver)} takes one "
+            raise ValueError(f"stop.per_sample=true is for our own solvers: solver={called(solver)} takes one "
                              "step size for the whole batch; use solver=tsit5 or stop.per_sample=auto")  # fmt: skip
         self.reduce = Reduce(cell.batch_independent if wanted == "auto" else bool(wanted))
 
@@ -86,7 +121,7 @@ class ImplicitLayer(nn.Module):
         """The layer allowed only so many applications of the cell, at least one."""
         if not self.one_call:
             raise ValueError(
-                f"solver={_called(self.solver)} does not make one evaluation a step and cannot be held to "
+                f"solver={called(self.solver)} does not make one evaluation a step and cannot be held to "
                 f"{steps}; use solver=picard or solver=anderson"
             )
         return self._run(x, self.solver, FixedSteps(steps), self.adjoint, self.field)
@@ -105,7 +140,8 @@ class ImplicitLayer(nn.Module):
             numbers = tuple(start.shape[1:])
             raise ValueError(f"the start has {numbers} numbers a sample, but cell.size is {self.cell.size}")
         F: Field = FixedPoint(f) if field == "equilibrium" else f
-        problem = Solve(solver, stop, self.reduce)
+        kept = _Kept(solver) if self.keep_iterates and torch.is_grad_enabled() else None
+        problem = Solve(kept.solver if kept else solver, stop, self.reduce)
         parameters = self.cell.parameters()  # type: ignore[attr-defined]
         learns = x.requires_grad or any(p.requires_grad for p in parameters) or adjoint.through_start
         if torch.is_grad_enabled() and learns:
@@ -123,7 +159,7 @@ class ImplicitLayer(nn.Module):
             solution = replace(solution, stats=replace(solution.stats, residual=nothing))
         if self.init.calls:  # a penalty's gradient through f(0, x) is a VJP too
             log.watch(start)
-        return LayerOutput(z, start, solution, log)
+        return LayerOutput(z, start, solution, log, F, solver, kept.take() if kept else [])
 
     def _closed_over(self, ctx: Any, z: Tensor, x: Tensor) -> list[Tensor]:
         """What f closes over: the context, and the parameters that f itself uses, not those that only `begin` does.
@@ -149,20 +185,20 @@ class ImplicitLayer(nn.Module):
         return [*(named[name] for name in names), *(c for c, keep in zip(context, kept) if keep)]
 
     def _check(self) -> None:
-        name = _called(self.solver)
+        name = called(self.solver)
         is_ode, own_loop = self.field == "ode", isinstance(self.solver, OwnLoop)
         if not getattr(self.cell, "injects", True):
             if not getattr(self.init, "through", False):
-                raise ValueError(f"the cell does not see x, and init={_called(self.init)} does not either; use "
+                raise ValueError(f"the cell does not see x, and init={called(self.init)} does not either; use "
                                  "init=stem, or init=stem_zeros with network.inject=state")  # fmt: skip
             if self.stop.needs_equilibrium and not isinstance(self.stop, FixedSteps):
-                raise ValueError(f"the cell does not see x, so that stop={_called(self.stop)} would find one fixed "
+                raise ValueError(f"the cell does not see x, so that stop={called(self.stop)} would find one fixed "
                                  "point for all; use model=neural_ode, or network=homo_conv")  # fmt: skip
         if is_ode and self.stop.needs_equilibrium:
-            raise ValueError(f"stop={_called(self.stop)} looks for f(z) = z, but field=ode has no equilibrium "
+            raise ValueError(f"stop={called(self.stop)} looks for f(z) = z, but field=ode has no equilibrium "
                              "meaning; use stop=end_time or field=equilibrium")  # fmt: skip
         if is_ode and self.adjoint.needs_equilibrium:
-            raise ValueError(f"adjoint={_called(self.adjoint)} needs a fixed point, which field=ode does not "
+            raise ValueError(f"adjoint={called(self.adjoint)} needs a fixed point, which field=ode does not "
                              "have; use adjoint=backsolve or adjoint=unroll")  # fmt: skip
         if own_loop and self.stop.t1 == float("inf"):
             raise ValueError(f"solver={name} integrates to an end time and cannot stop at a residual; use "
@@ -197,7 +233,30 @@ class ImplicitLayer(nn.Module):
                                  "applied once each, in turn; use adjoint.checkpoint=false")  # fmt: skip
 
 
-def _called(part: Any) -> str:
+class _Kept:
+    """The states that a copy of `solver` passes, until they are taken: a backward may step it again."""
+
+    def __init__(self, solver: Solver):
+        self.solver, self.open = copy(solver), True
+        self.iterates: list[Iterate] = []
+        self.solver.init = partial(self._see, solver.init, begins=True)  # type: ignore[method-assign]
+        self.solver.step = partial(self._see, solver.step, begins=False)  # type: ignore[method-assign]
+
+    def _see(self, move: Callable[..., State], *args: Any, begins: bool) -> State:
+        state = move(*args)
+        if self.open:
+            if begins:  # adjoint=unroll may solve twice
+                self.iterates.clear()
+            dt = getattr(state.mem, "dt", None)
+            self.iterates.append(Iterate(state.z.detach(), state.t.detach(), None if dt is None else dt.detach()))
+        return state
+
+    def take(self) -> list[Iterate]:
+        self.open = False
+        return self.iterates
+
+
+def called(part: Any) -> str:
     """The name that a part has on the command line: EndTime is end_time."""
     if isinstance(part, OwnLoop) and hasattr(part, "method"):
         return f"torchdiffeq/{part.method}"

@@ -242,10 +242,13 @@ def _header(job: config.Composed, folder: Path, rec: dict[str, Any], counts: dic
 def remarks(job: config.Composed) -> list[str]:
     """What is allowed, and may not do what it seems to."""
     c, found = job.choices, []
-    penalised, stop = "skip" in job.config["penalty"], job.config["stop"]
-    if c["init"] == "skip_net" and not penalised:
-        found.append("init=skip_net learns from penalty=[skip] alone, and it is not there: the predictor never changes")
-    if c["init"] == "zero" and penalised:
+    penalties, stop = job.config["penalty"], job.config["stop"]
+    if c["init"] == "skip_net" and not {"skip", "init_fit"} & penalties.keys():
+        found.append("init=skip_net learns from penalty=[skip] or penalty=[init_fit] alone, and neither is there: the "
+                     "predictor never changes")  # fmt: skip
+    if c["init"] == "zero" and "init_fit" in penalties:
+        found.append("penalty=[init_fit] has no predictor to train with init=zero: it changes nothing")
+    if c["init"] == "zero" and "skip" in penalties:
         found.append("penalty=[skip] has no predictor to train with init=zero: it only pulls the solution to zero")
     if c["adjoint"] in ("ift", "jfb", "phantom") and "t1" in stop:
         found.append(f"adjoint={c['adjoint']} takes z({stop['t1']:g}) for a fixed point; the residual tells how far "

@@ -108,7 +108,7 @@ class Step:
             out: Output = self.model(x, depth)
             loss = task = nnf.cross_entropy(out.logits, y)
             for penalty in self.penalties:
-                loss = loss + penalty(out.layer)
+                loss = loss + penalty(out.layer, lambda z: nnf.cross_entropy(self.model.head(z), y))
         self.timer.lap("forward")
         self.model.zero_grad(set_to_none=True)
         loss.backward()

@@ -332,7 +332,7 @@ def test_the_start_learns_from_its_fit_alone():
     nnf.cross_entropy(out.logits, torch.arange(4)).backward(retain_graph=True)
     assert model.layer.init.point.grad is None
     before = [p.grad.clone() for p in net.parameters()]
-    InitFit(3.0)(out.layer).backward()
+    InitFit(3.0)(out.layer, None).backward()
     assert all(torch.equal(p.grad, b) for p, b in zip(net.parameters(), before))
     z, z0 = net.scales.unpack(out.layer.z.detach())[0], model.layer.init.point.detach().view(8, 1, 1)
     slope = (z0 - z).clamp(-1, 1).sum((0, 2, 3)) / z.numel()

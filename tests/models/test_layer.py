@@ -60,7 +60,7 @@ REFUSED = [
     (Follows(), Residual(), Unroll(), "equilibrium",
      "solver=follows differentiates the cell to make its steps, and adjoint=unroll cannot differentiate it twice; use "
      "adjoint=ift"),
-    (Picard(), Residual(), IFT(), "root", "field='root' must be equilibrium or ode"),
+    (Picard(), Residual(), IFT(), "root", "field='root' must be equilibrium, ode or ode_then_f"),
 ]  # fmt: skip
 
 

@@ -424,7 +424,7 @@ def test_implicit_training_lowers_the_loss():
     losses = []
     for _ in range(12):
         out = model(images)
-        loss = nnf.cross_entropy(out.logits, y) + penalty(out.layer)
+        loss = nnf.cross_entropy(out.logits, y) + penalty(out.layer, None)
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())

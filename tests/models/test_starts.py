@@ -63,7 +63,7 @@ def test_the_skip_penalty_is_the_papers_mean(weight, init):
     """weight mean |z* - z0| over state and batch; its gradient to z* is weight sign(z* - z0) / N, to z0 minus that."""
     layer = layer_of(init)
     out = layer(X)
-    penalty = Skip(weight)(out)
+    penalty = Skip(weight)(out, None)
     z, start = out.z.detach(), out.start.detach()
     assert penalty.shape == ()
     close(penalty.detach(), f64(weight * sum((z - start).abs().flatten().tolist()) / 12), 1e-13)
@@ -102,12 +102,12 @@ def test_a_learned_start_saves_steps():
     optimizer = torch.optim.Adam(layer.init.parameters(), 3e-2)
     for _ in range(150):
         optimizer.zero_grad()
-        Skip(1.0)(layer(x)).backward()
+        Skip(1.0)(layer(x), None).backward()
         optimizer.step()
     with torch.no_grad():
         after = layer(x)
     close(after.z, before.z, 0.1)  # the fixed point has not moved
-    assert float(Skip(1.0)(after)) < 0.7 * float(Skip(1.0)(before))
+    assert float(Skip(1.0)(after, None)) < 0.7 * float(Skip(1.0)(before, None))
     assert float(after.solution.stats.nfe.double().mean()) < float(before.solution.stats.nfe.double().mean()) - 0.5
 
 

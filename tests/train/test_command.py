@@ -13,7 +13,8 @@ from implicit_bench import config, log, machine, record
 from implicit_bench.lock import RunLock, RunLocked
 from implicit_bench.train import command, loop
 
-RUN = ("model=skip_deq", "recipe.epochs=3", "dataset.flip=0.5", "dataset.pad=1", "progress.log_steps=10")
+RUN = ("model=skip_deq", "recipe.epochs=3", "dataset.flip=0.5", "dataset.pad=1", "progress.log_steps=10",
+       "penalty=[skip,jacobian]", "penalty.jacobian.probability=0.5")  # fmt: skip
 
 
 def rows(folder):
@@ -60,6 +61,16 @@ def test_training_learns(tmp_path):
     epochs = [r for r in rows(done.folder) if "epoch" in r]
     assert epochs[-1]["metrics.train_loss"] < 0.3 * epochs[0]["metrics.train_loss"]
     assert done.record["metrics"]["test_acc"] > 0.85
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (("init=skip_net",), "the predictor never changes"),
+    (("init=skip_net", "penalty=[init_fit]"), None),
+    (("penalty=[init_fit]",), "no predictor to train with init=zero: it changes nothing"),
+])  # fmt: skip
+def test_a_start_and_its_penalty_belong_together(words, told):
+    found = command.remarks(config.compose("train", ["model=deq", *words]))
+    assert [told] == [remark[-len(told) :] for remark in found] if told else found == []
 
 
 def test_the_test_split_is_touched_once_and_after_training(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from implicit_bench.train import NonFinite, Step, Tally
 @pytest.fixture
 def make(tmp_path):
     def made(*words):
-        job = config.compose("train", jobs.words(tmp_path, "stop.tol=1e-5", *words))
+        tol = [] if "model=neural_ode" in words else ["stop.tol=1e-5"]
+        job = config.compose("train", jobs.words(tmp_path, *tol, *words))
         parts = config.build(job.config)
         return Step(parts.model, parts.penalties, parts.recipe, Device("cpu", threads=1), 10)
 
@@ -37,6 +38,29 @@ def test_a_step_moves_weights_along_the_loss_and_penalty_gradient(make):
     assert float(task) == pytest.approx(float(nnf.cross_entropy(out.logits, y).detach()), rel=1e-6)
     for k, p in step.model.named_parameters():
         assert torch.allclose(p, expected[k], atol=1e-6), k
+
+
+@pytest.mark.parametrize(("dtype", "words"), [
+    ("float32", ("model=cdeq", "penalty=[skip,init_fit,jacobian,correction,local_error]")),
+    ("bfloat16", ("model=cdeq", "solver=bosh3", "penalty=[local_error,jacobian]")),
+    ("bfloat16", ("model=neural_ode", "penalty=[local_error,jacobian]")),
+    ("bfloat16", ("model=deq", "penalty=[correction,jacobian,init_fit]", "init=skip_net")),
+])  # fmt: skip
+def test_penalties_train_and_their_evaluations_are_counted(make, dtype, words):
+    """Also in pretraining, where no ODE solver is at work, and under autocast."""
+    step = make(*words, "recipe.pretrain_steps=1", "recipe.pretrain_depth=4")
+    step.device = Device("cpu", dtype, threads=1)
+    calls = []
+    step.model.layer.cell.register_forward_pre_hook(lambda *_: calls.append(None))
+    for taken in range(3):
+        calls.clear()
+        weights = [p.detach().clone() for p in step.parameters]
+        task, out = step(*batch())
+        assert task.isfinite()
+        assert all(p.isfinite().all() for p in step.parameters)
+        assert any(not torch.equal(a, b) for a, b in zip(weights, step.parameters))
+        assert len(calls) == out.layer.calls(step.start_calls) + out.layer.backward.calls
+        assert len(out.layer.iterates) > taken
 
 
 def test_clip_bounds_the_update(make):
