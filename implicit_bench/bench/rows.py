@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,8 +75,6 @@ class Row:
 
     def warm_up(self) -> float:
         """Settle caches and allocator, then put weights and optimiser back; returns ms of a training step."""
-        holders: tuple[Any, ...] = (self.model, self.step.optimizer, self.step.schedule)
-        state = [copy.deepcopy(holder.state_dict()) for holder in holders]
         times: list[float] = []
 
         def run() -> float:
@@ -83,11 +82,19 @@ class Row:
             times.append(self.measure(8)["train"])
             return time.perf_counter() - began
 
-        self.warm = clock.warm_up(run)
+        with self.unchanged():
+            self.warm = clock.warm_up(run)
+        return times[-1]
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Weights and optimiser are put back, and the batches begin again."""
+        holders: tuple[Any, ...] = (self.model, self.step.optimizer, self.step.schedule)
+        state = [copy.deepcopy(holder.state_dict()) for holder in holders]
+        yield
         for holder, before in zip(holders, state):
             holder.load_state_dict(before)
         self.batches, self.step.taken, self.step.nonfinite, self.tally = 0, 0, 0, Tally()
-        return times[-1]
 
     @property
     def cell(self) -> Any:
@@ -98,14 +105,15 @@ class Row:
         """ms of one call of f, and of one VJP of f on a kept graph, at the solution of a real batch."""
         x, _ = self.batch(0)
         layer = self.model.layer
+        cell = getattr(layer.cell, "cells", [layer.cell])[0]  # of untied cells, which cost the same, one
         with torch.no_grad():
             features = self.model.stem(x)
-            ctx = layer.cell.begin(features)
+            ctx = cell.begin(features)
             z = layer(features).z.detach()
             t = z.new_zeros(len(z))
-            f = clock.unit_cost(lambda: layer.cell(z, ctx, t), device=self.device.torch)
+            f = clock.unit_cost(lambda: cell(z, ctx, t), device=self.device.torch)
         zs = z.requires_grad_()
-        out = layer.cell(zs, ctx, t)
+        out = cell(zs, ctx, t)
         v = torch.ones_like(out)
         vjp = clock.unit_cost(lambda: torch.autograd.grad(out, zs, v, retain_graph=True), device=self.device.torch)
         return f, vjp
