@@ -22,7 +22,7 @@ GROUPS = ("network", "init", "solver", "stop", "adjoint", "penalty", "recipe", "
 PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type, and the least a number may be
     "seed": (int, 0), "force": (bool, 0), "field": (Literal["equilibrium", "ode"], 0), "allow_targets": (list[str], 0),
     "progress.log_steps": (int, 1), "progress.save_s": (float, 0), "paths.runs": (str, 0), "paths.data": (str, 0),
-    "loader.workers": (int | Literal["auto"], 0),
+    "loader.workers": (int | Literal["auto"], 0), "match": (Literal["params", "time"] | None, 0), "match_to": (str, 0),
     "run": (str, 0), "plot": (bool, 0), "eval.split": (Literal["train", "val", "test"], 0),
     "eval.images": (int | None, 1), "eval.batch": (int, 1), "eval.steps": (list[int], 0),
     "eval.noise": (list[float], 0), "eval.blur": (list[float], 0), "eval.solvers": (list[str], 0),

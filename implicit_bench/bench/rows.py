@@ -3,8 +3,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from ..core import Residual
 from ..data import Data
 from ..device import Device
 from ..record import flat
+from ..terminal import Bar, say
 from ..train import Step, Tally
 from .ratios import Figures
 
@@ -122,6 +126,32 @@ class Row:
 def make_rows(jobs: Sequence[config.Composed], labels: Sequence[str], data: Data,
               devices: Sequence[Device]) -> list[Row]:  # fmt: skip
     return [Row(label, job, data, device) for label, job, device in zip(labels, jobs, devices)]
+
+
+def initial_ms(configs: Sequence[dict[str, Any]], seconds: float, rounds: int = 30, steps: int = 4) -> list[float]:
+    """Median ms of a training step of each model at its initial weights, interleaved; all have one gpu and data set."""
+    device: Device = config.make(configs[0]["gpu"], "gpu")
+    device.begin()
+    data = config.make(configs[0]["dataset"], "dataset").load(
+        Path(configs[0]["paths"]["data"]), device.torch, fetch=lambda line: say("data", line))  # fmt: skip
+    solving = [{**cfg, "recipe": {**cfg["recipe"], "pretrain_steps": 0}} for cfg in configs]
+    rows = [Row("", config.Composed(cfg, {}), data, device) for cfg in solving]
+
+    def measure(row: Row) -> dict[str, float]:
+        with row.unchanged():
+            return {"train": row.measure(steps)["train"]}
+
+    for row in rows:
+        measure(row)  # compilation, caches, allocator
+    bar = Bar(rounds, "rounds")
+    with contextlib.closing(bar):
+        samples = clock.interleave({str(i): partial(measure, row) for i, row in enumerate(rows)}, rounds=rounds,
+                                   seconds=seconds, on_round=lambda done, _: bar.at(done))  # fmt: skip
+    if samples.interrupted:
+        raise KeyboardInterrupt
+    for i, error in samples.failed.items():
+        raise config.UsageError(f"model={rows[int(i)].name} could not be timed: {error}")
+    return [statistics.median(samples.rows[str(i)]["train"]) for i in range(len(rows))]
 
 
 def steps_a_round(step_ms: Sequence[float], row_ms: float = 10.0) -> int:
