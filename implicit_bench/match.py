@@ -1,4 +1,7 @@
-"""`match=params|time`: a control, k plain applications of cells, made as large or as slow as an implicit model."""
+"""`match=params|time`: a control, k plain applications of cells, made as large or as slow as an implicit model.
+
+What is found becomes plain settings before a run id is made, so that a record needs none of this to be repeated.
+"""
 
 from __future__ import annotations
 

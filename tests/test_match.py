@@ -195,7 +195,8 @@ def test_a_sweep_matches_its_controls_and_no_other(here, clock):
     assert len(clock.asked) == 2
 
 
-def test_a_measured_run_is_not_run_again(here, capsys):
+def test_a_measured_run_is_not_run_again(here, capsys, monkeypatch):
+    monkeypatch.setattr(match, "SECONDS", 3.0)
     words = ["train", "model=explicit", "match=time", *jobs.words(here, "recipe.max_steps=1", "recipe.batch=8")]
     for _ in range(3):  # on a busy machine a deeper network can seem no slower
         if (code := main(words)) == 0:
