@@ -177,18 +177,19 @@ def _composing(task: Callable[[Words], int]) -> Callable[[list[str]], int]:
     return command
 
 
-def _jobs(command: str, words: Words) -> list[config.Composed]:
-    from . import config
+def _jobs(command: str, words: Words, aloud: bool = True) -> list[config.Composed]:
+    from . import config, match
 
-    return config.compose_all(command, config.expand(words.overrides, words.search), words.search)
+    jobs = config.compose_all(command, config.expand(words.overrides, words.search), words.search)
+    return match.matched(jobs, words.search, not words.plan, aloud)
 
 
 def _train(words: Words) -> int:
     if words.multirun:
         return _sweep(words)
-    from . import config
+    from . import config, match
 
-    job = config.compose("train", words.overrides, words.search)
+    [job] = match.matched([config.compose("train", words.overrides, words.search)], words.search)
     from .train.command import train
 
     return train(job, words.overrides).exit_code
@@ -209,8 +210,11 @@ def _sweep(words: Words) -> int:
     from . import config
 
     if not any(o.startswith("hydra/sweeper=") for o in words.overrides):  # another sweeper reads ranges its own way
-        for job in config.compose_all("train", config.each_value(words.overrides, words.search), words.search):
+        jobs = config.compose_all("train", config.each_value(words.overrides, words.search), words.search)
+        for job in jobs:
             config.make_alone(job.config)
+        if any(job.config["match"] for job in jobs):
+            _jobs("train", words, aloud=False)  # before jobs run side by side, and each measures a depth of its own
     try:
         _hydra_main("train", words, ["--multirun", *words.overrides], train_task)
     except JobFailed:
@@ -222,16 +226,18 @@ def train_task(cfg: Any) -> float | None:
     """One job of a multirun, in this process or a launcher's worker; returns test accuracy, for sweepers."""
     from hydra.core.hydra_config import HydraConfig
 
-    from . import config
+    from . import config, match
     from .train.command import Outcome, train
 
     runtime = HydraConfig.get()
     choices = {k: v for k, v in runtime.runtime.choices.items() if not k.startswith("hydra/") and v is not None}
     overrides = list(runtime.overrides.task)
+    search = [source.path for source in runtime.runtime.config_sources if source.provider == "command-line"]
     outcomes: list[Outcome] = []
 
     def job() -> int:
-        outcomes.append(train(config.resolved(cfg, choices, overrides), overrides))
+        given = config.resolved(cfg, choices, overrides)
+        outcomes.append(train(match.one(given, search), overrides))
         return outcomes[0].exit_code
 
     code = _guarded(job)

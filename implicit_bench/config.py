@@ -35,6 +35,7 @@ class Composed:
     config: dict[str, Any]
     choices: dict[str, str]
     overrides: list[str] = field(default_factory=list)
+    alike: dict[str, Any] | None = None  # match=time not measured yet: the config of the model that it is matched to
 
 
 def compose(command: str, overrides: Sequence[str], search: Sequence[str] = ()) -> Composed:
@@ -165,6 +166,7 @@ class _hydra:
             for file in folder.rglob("*.yaml"):  # Hydra would take ours in silence
                 if (config_dir() / file.relative_to(folder)).exists():
                     raise UsageError(f"{file} has the name of one of implicit-bench's own; give it another")
+        self.around = GlobalHydra.instance().hydra  # of a sweep, one of whose jobs asks
         GlobalHydra.instance().clear()
         self.context = initialize_config_dir(str(config_dir()), version_base="1.3", job_name="implicit-bench")
         self.context.__enter__()
@@ -174,7 +176,10 @@ class _hydra:
         loader.repository.initialize_sources(loader.get_search_path())
 
     def __exit__(self, *exc: Any) -> None:
+        from hydra.core.global_hydra import GlobalHydra
+
         self.context.__exit__(*exc)
+        GlobalHydra.instance().hydra = self.around
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes

@@ -61,6 +61,7 @@ keys (default): recipe.epochs (20) recipe.batch (32) recipe.lr (0.001) recipe.cl
   recipe.optimizer=adam|adamw|sgd (adam) recipe.schedule=cosine|step|constant (cosine)
   recipe.pretrain_steps (0) recipe.on_nonfinite=raise|skip_step (raise)
   stop.tol (0.01) stop.max_steps (100) stop.per_sample=auto|true|false (auto) solver.rtol (0.001) adjoint.rtol (0.01)
+  match=params|time (null) match_to=NAME (deq): model=explicit or resnet, as large or as slow a step as that model
 
 leaves  runs/MODEL-DATASET-sSEED-ID/   record.json, metrics.jsonl, config.yaml, last.pt, wandb/
 exit    0 done or already done · 1 failed · 2 usage · 3 some runs of a sweep failed · 130 interrupted
@@ -98,7 +99,8 @@ examples
   {PROG} bench model=deq solver=picard,anderson dataset=mnist time=1m
   {PROG} bench model=neural_ode adjoint=backsolve,unroll solver=tsit5 rounds=100
 
-keys (default): rounds (60) or time=20s|5m|1h · recipe.batch (32) · and every key of train
+keys (default): rounds (60) or time=20s|5m|1h · recipe.batch (32) · and every key of train; match= is for the
+  rows of model=explicit and resnet
 leaves  runs/bench-DATASET-ID/   record.json, table.md, speedup.svg, wandb/ ; each call is a new attempt
 """,
     "check": f"""{PROG} check: prove a solver, an adjoint or a network on problems with known answers

@@ -28,7 +28,7 @@ def plan_training(jobs: Sequence[config.Composed]) -> int:
     for job in jobs:
         device: Device = config.make(job.config["gpu"], "gpu")
         cfg = {**job.config, "gpu": device.settings()}
-        run_id = record.run_id(cfg)
+        run_id = "?" if job.alike else record.run_id(cfg)
         folder = record.lookup(cfg["paths"]["runs"], run_id)
         rec = _record(folder)
         state = "to do" if rec is None else "begun" if rec["status"] == "running" else rec["status"]
@@ -132,10 +132,10 @@ class Pace:
             raise config.UsageError(str(mistake)) from None
 
     def step_ms(self, job: config.Composed, device: Device) -> tuple[float, str]:
-        cfg = {**job.config, "gpu": device.settings()}
-        key = _pace(cfg)
+        given = job.alike or job.config
+        key = _pace({**given, "gpu": device.settings()})
         if key not in self._known:
-            self._known[key] = _measure(job.config, device), "a short trial"
+            self._known[key] = _measure(given, device), "a short trial"
         self._asked += 1
         self._bar.at(self._asked)
         return self._known[key]

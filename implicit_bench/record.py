@@ -21,7 +21,7 @@ CONVERGED_ENOUGH = 0.95  # a run of which less has converged gets no headline
 STATUSES = ("running", "done", "failed", "interrupted")
 # Top-level config keys that say nothing about the result: labels (resolved into the rest), where to write, how to load.
 LABELS = {"model", "experiment", "protocol", "length", "logger", "paths", "force", "hydra", "progress", "loader",
-          "allow_targets"}
+          "allow_targets", "match", "match_to"}
 
 
 class RecordError(ValueError):

@@ -72,7 +72,7 @@ def test_labels_are_no_part_of_the_id(label):
 
 def test_the_labels_are_those_of_the_design():
     assert {"model", "experiment", "protocol", "length", "logger", "paths", "force", "hydra", "progress",
-            "loader", "allow_targets"} == record.LABELS  # fmt: skip
+            "loader", "allow_targets", "match", "match_to"} == record.LABELS  # fmt: skip
 
 
 @pytest.mark.parametrize(

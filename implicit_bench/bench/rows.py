@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from ..core import Residual
 from ..data import Data
 from ..device import Device
 from ..record import flat
+from ..terminal import Bar, say
 from ..train import Step, Tally
 from .ratios import Figures
 
@@ -74,8 +79,6 @@ class Row:
 
     def warm_up(self) -> float:
         """Settle caches and allocator, then put weights and optimiser back; returns ms of a training step."""
-        holders = [self.model, *self.step.stateful]
-        state = [copy.deepcopy(holder.state_dict()) for holder in holders]
         times: list[float] = []
 
         def run() -> float:
@@ -83,11 +86,19 @@ class Row:
             times.append(self.measure(8)["train"])
             return time.perf_counter() - began
 
-        self.warm = clock.warm_up(run)
+        with self.unchanged():
+            self.warm = clock.warm_up(run)
+        return times[-1]
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Weights and optimiser are put back, and the batches begin again."""
+        holders = [self.model, *self.step.stateful]
+        state = [copy.deepcopy(holder.state_dict()) for holder in holders]
+        yield
         for holder, before in zip(holders, state):
             holder.load_state_dict(before)
         self.batches, self.step.taken, self.step.nonfinite, self.tally = 0, 0, 0, Tally()
-        return times[-1]
 
     @property
     def cell(self) -> Any:
@@ -98,14 +109,15 @@ class Row:
         """ms of one call of f, and of one VJP of f on a kept graph, at the solution of a real batch."""
         x, _ = self.batch(0)
         layer = self.model.layer
+        cell = getattr(layer.cell, "cells", [layer.cell])[0]  # of untied cells, which cost the same, one
         with torch.no_grad():
             features = self.model.stem(x)
-            ctx = layer.cell.begin(features)
+            ctx = cell.begin(features)
             z = layer(features).z.detach()
             t = z.new_zeros(len(z))
-            f = clock.unit_cost(lambda: layer.cell(z, ctx, t), device=self.device.torch)
+            f = clock.unit_cost(lambda: cell(z, ctx, t), device=self.device.torch)
         zs = z.requires_grad_()
-        out = layer.cell(zs, ctx, t)
+        out = cell(zs, ctx, t)
         v = torch.ones_like(out)
         vjp = clock.unit_cost(lambda: torch.autograd.grad(out, zs, v, retain_graph=True), device=self.device.torch)
         return f, vjp
@@ -114,6 +126,32 @@ class Row:
 def make_rows(jobs: Sequence[config.Composed], labels: Sequence[str], data: Data,
               devices: Sequence[Device]) -> list[Row]:  # fmt: skip
     return [Row(label, job, data, device) for label, job, device in zip(labels, jobs, devices)]
+
+
+def initial_ms(configs: Sequence[dict[str, Any]], seconds: float, rounds: int = 30, steps: int = 4) -> list[float]:
+    """Median ms of a training step of each model at its initial weights, interleaved; all have one gpu and data set."""
+    device: Device = config.make(configs[0]["gpu"], "gpu")
+    device.begin()
+    data = config.make(configs[0]["dataset"], "dataset").load(
+        Path(configs[0]["paths"]["data"]), device.torch, fetch=lambda line: say("data", line))  # fmt: skip
+    solving = [{**cfg, "recipe": {**cfg["recipe"], "pretrain_steps": 0}} for cfg in configs]
+    rows = [Row("", config.Composed(cfg, {}), data, device) for cfg in solving]
+
+    def measure(row: Row) -> dict[str, float]:
+        with row.unchanged():
+            return {"train": row.measure(steps)["train"]}
+
+    for row in rows:
+        measure(row)  # compilation, caches, allocator
+    bar = Bar(rounds, "rounds")
+    with contextlib.closing(bar):
+        samples = clock.interleave({str(i): partial(measure, row) for i, row in enumerate(rows)}, rounds=rounds,
+                                   seconds=seconds, on_round=lambda done, _: bar.at(done))  # fmt: skip
+    if samples.interrupted:
+        raise KeyboardInterrupt
+    for i, error in samples.failed.items():
+        raise config.UsageError(f"model={rows[int(i)].name} could not be timed: {error}")
+    return [statistics.median(samples.rows[str(i)]["train"]) for i in range(len(rows))]
 
 
 def steps_a_round(step_ms: Sequence[float], row_ms: float = 10.0) -> int:

@@ -19,8 +19,9 @@ Inject = Literal["field", "start", "state", "frozen"]
 class HomoConv(nn.Module):
     """Two convolutions as stem, HomoCell, a head of norm, relu, conv1x1, norm, relu, mean, linear. Sized by the data:
 
-    width: 64 channels up to 10 classes, 128 beyond; head: 4 width; the stem halves the side once, from 64 pixels on
-    twice. groups: of every GroupNorm (32; 8 on Tiny ImageNet). inject: where the stem's features x go. field: the
+    width: 64 channels up to 10 classes, 128 beyond; features: the head's last, 4 width; the stem halves the side once,
+    from 64 pixels on twice. groups: of every GroupNorm (32; 8 on Tiny ImageNet), fewer where that does not divide the
+    width. inject: where the stem's features x go. field: the
     cell's condition (HomoODE, DEQ); start: z0 and nowhere else (a neural ODE's init=stem); state: h of a state [h, p]
     that moves by a field of its own while the head reads p (ANODE: init=stem_zeros); frozen: the same with h' = 0,
     which is HomoODE from zero. untied: so many different cells in turn instead of one; 0 is the tied cell.
@@ -28,20 +29,22 @@ class HomoConv(nn.Module):
     CIFAR-10 and SVHN 132,938 parameters, CIFAR-100 565,988, Tiny ImageNet 617,288, MNIST 131,786.
     """
 
-    widths: ClassVar = ("width", "head")
+    widths: ClassVar = ("width",)
 
-    def __init__(self, shape: tuple[int, int, int], classes: int, width: int | None = None, head: int | None = None,
-                 groups: int = 32, dropout: float = 0.1, inject: Inject = "field", untied: int = 0):  # fmt: skip
+    def __init__(self, shape: tuple[int, int, int], classes: int, width: int | None = None,
+                 features: int | None = None, groups: int = 32, dropout: float = 0.1, inject: Inject = "field",
+                 untied: int = 0):  # fmt: skip
         super().__init__()
         width = width or (64 if classes <= 10 else 128)
-        head = head or 4 * width
-        if min(width, head, groups) < 1 or width % groups:
-            raise ValueError(f"network.width={width} and network.head={head} must be at least 1, and width a multiple "
-                             f"of network.groups={groups}")  # fmt: skip
+        features = features or 4 * width
+        if min(width, features, groups) < 1:
+            raise ValueError(f"network.width={width}, network.features={features} and network.groups={groups} must be "
+                             "at least 1")  # fmt: skip
         if not 0 <= dropout < 1:
             raise ValueError(f"network.dropout={dropout} must be a probability below 1")
         if untied < 0 or (untied and inject != "field"):
             raise ValueError(f"network.untied={untied} must not be negative, and is for network.inject=field")
+        self.width, groups = width, math.gcd(groups, width)
         planes, *sides = shape
         strides = (2 if min(sides) >= 64 else 1, 2)
         side = tuple(-(-s // math.prod(strides)) for s in sides)
@@ -54,9 +57,9 @@ class HomoConv(nn.Module):
         cells = [HomoCell(self.scales, groups, dropout, inject) for _ in range(untied or 1)]
         self.cell = UntiedCell(cells) if untied else cells[0]
         self.head = nn.Sequential(
-            LastBranch(self.scales), nn.GroupNorm(groups, width), nn.ReLU(inplace=True), nn.Conv2d(width, head, 1),
-            nn.BatchNorm2d(head), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Linear(head, classes),
+            LastBranch(self.scales), nn.GroupNorm(groups, width), nn.ReLU(inplace=True), nn.Conv2d(width, features, 1),
+            nn.BatchNorm2d(features), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(features, classes),
         )  # fmt: skip
 
 
@@ -148,6 +151,7 @@ class NodeConv(nn.Module):
             raise ValueError(f"network.filters={filters} and network.extra={extra} must be at least 1")
         if untied < 0:
             raise ValueError(f"network.untied={untied} must not be negative")
+        self.filters = filters
         self.scales = Scales([shape, (extra, height, width)] if augmented else [shape])
         self.stem = nn.Identity()
         cells = [NodeCell(self.scales, filters) for _ in range(untied or 1)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -30,6 +30,8 @@ class Mdeq(nn.Module):
     CIFAR-10: 163,546 parameters, 200,122 with the predictor; the paper's large settings 10,631,958 and 11,186,774; its
     ImageNet ones 17,912,456 and 18,467,272.
     """
+
+    widths: ClassVar = ("channels", "head", "features")  # what match=params scales
 
     def __init__(self, shape: tuple[int, int, int], classes: int, channels: Sequence[int] = (24, 24),
                  head: Sequence[int] = (8, 16), features: int = 200, expand: int = 5, dropout: float = 0.2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import nn
 
@@ -24,6 +24,8 @@ class Dense(nn.Module):
     134,538 parameters on MNIST, 151,050 with the predictor 128 -> 128 relu. On other images the input is flattened.
     `untied`: so many different cells in turn instead of one (model=resnet); 0 is the tied cell.
     """
+
+    widths: ClassVar = ("hidden",)  # what match=params scales
 
     def __init__(self, shape: tuple[int, int, int], classes: int, hidden: int = 128, untied: int = 0):
         super().__init__()

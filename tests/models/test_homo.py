@@ -35,7 +35,7 @@ def model_of(net, init, solver=None, adjoint=None, field="ode", stop=None):
 def small(seed=0, shape=(3, 8, 8), classes=5, **settings):
     """In float64 with every parameter random, those of the norms too."""
     torch.manual_seed(seed)
-    net = HomoConv(shape, classes, **{"width": 8, "head": 6, "groups": 4, **settings}).double()
+    net = HomoConv(shape, classes, **{"width": 8, "features": 6, "groups": 4, **settings}).double()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
@@ -80,8 +80,7 @@ def test_node_conv_has_the_parameters_of_anodes_code(shape, inject, total):
 
 @pytest.mark.parametrize(
     ("net", "settings", "sentence"),
-    [(HomoConv, {"width": 12, "groups": 8}, "network.width=12 and network.head=48 must be at least 1, and width a "
-      "multiple of network.groups=8"),
+    [(HomoConv, {"width": -4}, "network.width=-4, network.features=-16 and network.groups=32 must be at least 1"),
      (HomoConv, {"dropout": 1.0}, "network.dropout=1.0 must be a probability below 1"),
      (HomoConv, {"untied": 3, "inject": "state"}, "network.untied=3 must not be negative, and is for "
       "network.inject=field"),
