@@ -10,7 +10,12 @@ from .report import tables
 from .schema import GROUPS, UsageError, locate, nearest
 from .words import Words
 
-PAPERS = (("dense", "mnist"), ("mdeq_small", "cifar10"), ("mdeq_large", "cifar10"), ("mdeq_imagenet", "imagenet"))
+PAPERS = (  # network, data set, what is chosen beside them
+    ("dense", "mnist", {}), ("mdeq_mnist", "mnist", {}), ("mdeq_small", "cifar10", {}), ("mdeq_large", "cifar10", {}),
+    ("mdeq_imagenet", "imagenet", {}), *(("homo_conv", data, {}) for data in (
+        "cifar10", "cifar100", "tiny_imagenet", "svhn", "mnist")),
+    *(("node_conv", data, {"inject": inject}) for data in ("cifar10", "mnist") for inject in ("start", "state")),
+)  # fmt: skip
 
 
 def listing(words: Words) -> int:
@@ -54,17 +59,20 @@ def counts() -> list[list[Any]]:
     from torch.utils.flop_counter import FlopCounterMode
 
     def made(group: str, name: str, **given: Any) -> Any:
-        node = yaml.safe_load(files(group)[name].read_text("utf-8"))
-        return locate(node.pop("_target_"), group)(**node, **given)
+        node = yaml.safe_load(files(group)[name].read_text("utf-8")) | given
+        return locate(node.pop("_target_"), group)(**node)
 
     rows = []
-    for name, dataset in PAPERS:
+    for name, dataset, chosen in PAPERS:
         data = made("dataset", dataset)
         with torch.device("meta"), torch.no_grad():
-            network = made("network", name, shape=data.shape, classes=data.classes).eval()
-            parts = [sum(p.numel() for p in part.parameters()) for part in (network, network.predictor())]
+            network = made("network", name, shape=data.shape, classes=data.classes, **chosen).eval()
+            modules = [network, *([network.predictor()] if hasattr(network, "predictor") else [])]
+            parts = [sum(p.numel() for p in part.parameters()) for part in modules]
             ctx = network.cell.begin(network.stem(torch.empty(1, *data.shape)))
             with FlopCounterMode(display=False) as counter:
                 network.cell(torch.empty(1, network.cell.size), ctx, torch.empty(1))
-        rows.append([name, dataset, parts[0], sum(parts), network.cell.size, counter.get_total_flops()])
+        label = " ".join([name, *(f"{key}={value}" for key, value in chosen.items())])
+        with_skip = sum(parts) if len(parts) > 1 else None
+        rows.append([label, dataset, parts[0], with_skip, network.cell.size, counter.get_total_flops()])
     return rows

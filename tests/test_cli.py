@@ -497,11 +497,19 @@ def test_a_card_of_checks_as_a_table(capsys):
 def test_networks_are_counted_to_the_parameter(capsys):
     """The papers' counts; a multiply-add is two operations: relu(W z) + U x has 2 * 128 * 128 of them in f."""
     assert main(["list", "networks", "format=json"]) == 0
-    rows = {row["network"]: row for row in json.loads(capsys.readouterr().out)}
-    assert {name: (row["parameters"], row["with skip net"]) for name, row in rows.items()} == {
-        "dense": (134_538, 151_050), "mdeq_small": (163_546, 200_122), "mdeq_large": (10_631_958, 11_186_774),
-        "mdeq_imagenet": (17_912_456, 18_467_272)}  # fmt: skip
-    assert rows["dense"]["FLOP of one f"] == 2 * 128 * 128
-    assert rows["mdeq_small"]["state"] == 30_720
+    rows = {(row["network"], row["data set"]): row for row in json.loads(capsys.readouterr().out)}
+    counts = {key: (row["parameters"], row["with skip net"]) for key, row in rows.items()}
+    assert counts.pop(("mdeq_mnist", "mnist"))[0] > 10_000  # no paper prints it
+    assert counts == {
+        ("dense", "mnist"): (134_538, 151_050), ("mdeq_small", "cifar10"): (163_546, 200_122),
+        ("mdeq_large", "cifar10"): (10_631_958, 11_186_774), ("mdeq_imagenet", "imagenet"): (17_912_456, 18_467_272),
+        ("homo_conv", "cifar10"): (132_938, None), ("homo_conv", "svhn"): (132_938, None),
+        ("homo_conv", "cifar100"): (565_988, None), ("homo_conv", "tiny_imagenet"): (617_288, None),
+        ("homo_conv", "mnist"): (131_786, None), ("node_conv inject=start", "cifar10"): (173_611, None),
+        ("node_conv inject=state", "cifar10"): (172_452, None), ("node_conv inject=start", "mnist"): (85_316, None),
+        ("node_conv inject=state", "mnist"): (85_462, None)}  # fmt: skip
+    assert rows["dense", "mnist"]["FLOP of one f"] == 2 * 128 * 128
+    assert rows["homo_conv", "cifar10"]["FLOP of one f"] == 2 * 2 * 9 * 64 * 64 * 16 * 16  # two convolutions
+    assert rows["mdeq_small", "cifar10"]["state"] == 30_720
     assert main(["list", "networks"]) == 0
     assert re.search(r"^ mdeq_imagenet +imagenet +17,912,456 +18,467,272 ", capsys.readouterr().out, re.M)
