@@ -144,7 +144,8 @@ class Pace:
 def _pace(cfg: dict[str, Any]) -> str:
     """What decides how long a step takes: not the seed, nor how many steps there are."""
     kept = {k: cfg.get(k) for k in ("network", "init", "solver", "stop", "adjoint", "penalty", "field", "gpu")}
-    shape = {k: v for k, v in cfg["dataset"].items() if k not in ("val_size", "val_seed", "mean", "std", "flip", "pad")}
+    looks = ("val_size", "val_seed", "mean", "std", "flip", "pad", "zoom", "crop", "resize")
+    shape = {k: v for k, v in cfg["dataset"].items() if k not in looks}
     return json.dumps([kept, shape, cfg["recipe"]["batch"]], sort_keys=True, default=str)
 
 
