@@ -50,11 +50,11 @@ def counts() -> list[list[Any]]:
     multiply-add), of each network on its paper's data set: counted on modules of the meta device, where nothing is
     computed."""
     import torch
-    import yaml
+    from omegaconf import OmegaConf
     from torch.utils.flop_counter import FlopCounterMode
 
     def made(group: str, name: str, **given: Any) -> Any:
-        node = yaml.safe_load(files(group)[name].read_text("utf-8"))
+        node: Any = OmegaConf.to_container(OmegaConf.load(files(group)[name]), resolve=True)
         return locate(node.pop("_target_"), group)(**node, **given)
 
     rows = []

@@ -250,6 +250,23 @@ def test_a_protocol_wins_over_a_model_and_never_selects_a_solver(mine):
     assert compose("protocol=strict", "stop.tol=0.5", search=mine).config["stop"]["tol"] == 0.5
 
 
+def test_a_protocol_says_whether_there_is_validation_pretraining_and_a_watch_on_the_test_split(mine):
+    ours = Path(mine[0], "protocol", "bare.yaml")
+    ours.write_text("defaults:\n  - sound\n  - _self_\nname: bare\nval_size: 0\nwatch_test: true\npretrain_steps: 7\n"
+                    "pretrain_depth: 3\n")  # fmt: skip
+    for dataset in files("dataset"):
+        assert compose(f"dataset={dataset}").config["dataset"]["val_size"] > 0
+        job = compose(f"dataset={dataset}", "protocol=bare", search=mine).config
+        assert job["dataset"]["val_size"] == 0
+        assert [job["recipe"][k] for k in ("watch_test", "pretrain_steps", "pretrain_depth")] == [True, 7, 3]
+        alone = config.compose("data", [f"dataset={dataset}"]).config["dataset"]
+        assert alone == compose(f"dataset={dataset}").config["dataset"]
+    job = compose("protocol=bare", "length=smoke", "dataset.val_size=9", search=mine).config
+    assert (job["dataset"]["val_size"], job["recipe"]["pretrain_steps"]) == (9, 0)
+    sound = compose().config["recipe"]
+    assert [sound[k] for k in ("watch_test", "pretrain_steps", "pretrain_depth")] == [False, 0, 5]
+
+
 def test_an_experiment_is_a_recipe_a_data_set_and_a_model_that_the_command_line_wins_over(mine):
     job = compose("experiment=mine", search=mine)
     assert (job.choices["model"], job.choices["solver"], job.choices["dataset"]) == ("skip_cdeq", "vcab3", "small")
@@ -389,6 +406,9 @@ WRONG = {
     # values
     "stop.tol=-1": "stop.tol=-1 must be positive and finite, such as 1e-2",
     "recipe.epochs=0": "recipe.epochs=0 must be positive",
+    "recipe.constant_decay=true": "recipe.constant_decay=true needs recipe.optimizer=adamw, not adam",
+    "recipe.epoch_images=31": "recipe.epoch_images=31 must be at least recipe.batch=32",
+    "dataset.zoom=7": "dataset.zoom=7 is smaller than the images of digits, 8 x 8; take 8 or more, or 0 for none",
     "seed=-1": "seed=-1 must be at least 0",
     f"seed={10**20}": f"seed={10**20} is too large",
     "progress.log_steps=0": "progress.log_steps=0 must be at least 1",
