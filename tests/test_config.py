@@ -35,6 +35,9 @@ NEEDS = {  # what a choice cannot do without
     "stop=end_time": ["model=neural_ode"],
     "adjoint=backsolve": ["model=neural_ode"],
     "network=mdeq_imagenet": ["dataset=cifar10"],  # halves an image five times
+    "experiment=cdeq_cifar10_small": ["stop.max_steps=9"],  # for time
+    "experiment=cdeq_cifar10_large": ["stop.max_steps=9"],
+    "experiment=cdeq_imagenet_small": ["stop.max_steps=9", "dataset.size=32"],
 }
 SETTABLE = ("network", "init", "solver", "stop", "adjoint", "recipe", "dataset")
 
@@ -316,6 +319,58 @@ def test_cdeq_mnist_is_the_papers_recipe_for_each_of_its_models():
     assert job.config["penalty"]["skip"]["weight"] == 5
     assert compose("experiment=cdeq_mnist", "model=skip_deq", "penalty.skip.weight=2").config["penalty"]["skip"] == {
         "_target_": "implicit_bench.models.Skip", "weight": 2}  # fmt: skip
+
+
+CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}  # cdeq.md, 3.1
+EXPERIMENTS = {  # the first paper's code (3.1, of its digest): network, data set, recipe, presentation, images, steps
+    "cdeq_cifar10_small": (
+        "mdeq_small", "cifar10",
+        {"batch": 128, "eval_batch": 128, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 2.5e-5,
+         "constant_decay": True, "schedule": "cosine", "lr_min": 1e-5, "clip": None},
+        {**CIFAR, "flip": 0.0, "pad": 0, "zoom": 0}, 50_000, 20_000),
+    "cdeq_cifar10_large": (
+        "mdeq_large", "cifar10",
+        {"batch": 128, "eval_batch": 128, "optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0,
+         "constant_decay": False, "schedule": "cosine", "lr_min": 1e-5, "clip": None},
+        {**CIFAR, "flip": 0.5, "pad": 0, "zoom": 42}, 50_000, 90_000),
+    "cdeq_imagenet_small": (
+        "mdeq_imagenet", "imagenet",
+        {"batch": 64, "eval_batch": 64, "optimizer": "sgd", "momentum": 0.9, "nesterov": True, "lr": 0.05,
+         "weight_decay": 1e-6, "constant_decay": False, "schedule": "step",
+         "milestones": [100_000, 150_000, 250_000], "gamma": 0.1},
+        {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "flip": 0.5, "size": 224, "crop": "squash",
+         "resize": 256}, 1_281_167, 500_000),
+    "mdeq_fashion": (  # 3.3, version 1; its length is our own
+        "mdeq_mnist", "fashion_mnist",
+        {"epochs": 3, "epoch_images": 20_000, "batch": 64, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 2.5e-6,
+         "schedule": "cosine", "lr_min": 1e-6},
+        {"flip": 0.0, "pad": 0, "zoom": 0}, 60_000, 3 * (20_000 // 64)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_of_the_first_paper_has_its_numbers(name):
+    network, dataset, recipe, presented, images, steps = EXPERIMENTS[name]
+    for model in (None, "deq", "skip_reg_cdeq", "neural_ode"):
+        job = compose(f"experiment={name}", *([f"model={model}"] if model else []))
+        init, _, stop, adjoint, penalty = TABLE[model or "cdeq"]
+        picked = tuple(job.choices[group] for group in ("model", "network", "dataset", "init", "stop", "adjoint"))
+        assert picked == (model or "cdeq", network, dataset, init, stop, adjoint)
+        assert recipe.items() <= job.config["recipe"].items()
+        assert presented.items() <= job.config["dataset"].items()
+        weight = {"mdeq_fashion": 1.0}.get(name, 0.01)  # 1., 3.3
+        assert [p["weight"] for p in job.config["penalty"].values()] == [weight] * len(penalty)
+    made = config.make(job.config["recipe"], "recipe")
+    for val_size in (job.config["dataset"]["val_size"], 0):  # under sound, and as the paper
+        assert made.total_steps(images - val_size) == steps
+    smoke = compose(f"experiment={name}", "length=smoke").config["recipe"]
+    assert config.make(smoke, "recipe").total_steps(images) == 50
+    short = config.make(compose(f"experiment={name}", "length=short").config["recipe"], "recipe")
+    assert short.total_steps(images) == 3 * short.steps_an_epoch(images) < 70_000
+
+
+def test_every_experiment_of_the_first_paper_is_looked_at():
+    assert {file for file in files("experiment") if file.startswith(("cdeq_", "mdeq_"))} == {*EXPERIMENTS, "cdeq_mnist"}
 
 
 def test_a_file_of_ones_own_cannot_hide_behind_one_of_ours(tmp_path, capsys):
