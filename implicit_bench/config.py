@@ -123,6 +123,13 @@ def save(config: dict[str, Any], path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
 
 
+def load(path: Path) -> dict[str, Any]:
+    """One component's file by itself, resolved."""
+    from omegaconf import OmegaConf
+
+    return dict(OmegaConf.to_container(OmegaConf.load(path), resolve=True))  # type: ignore[arg-type]
+
+
 def _compose(command: str, overrides: Sequence[str]) -> Composed:
     import hydra
     from hydra.errors import HydraException

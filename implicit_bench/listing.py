@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import terminal
-from .config import files, plural
+from .config import files, load, plural
 from .report import tables
 from .schema import GROUPS, UsageError, locate, nearest
 from .words import Words
@@ -55,11 +55,10 @@ def counts() -> list[list[Any]]:
     multiply-add), of each network on its paper's data set: counted on modules of the meta device, where nothing is
     computed."""
     import torch
-    import yaml
     from torch.utils.flop_counter import FlopCounterMode
 
     def made(group: str, name: str, **given: Any) -> Any:
-        node = yaml.safe_load(files(group)[name].read_text("utf-8")) | given
+        node = load(files(group)[name]) | given
         return locate(node.pop("_target_"), group)(**node)
 
     rows = []

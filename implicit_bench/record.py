@@ -44,7 +44,7 @@ METRICS = (
     Metric("metrics.test_loss", "nats", "lower", "Task loss on the test split."),
     Metric("metrics.start_acc", "share", "higher", "Test accuracy of the head on z0 alone, no solver step taken."),
     Metric("metrics.test_acc_best_paper_style", "share", "higher",
-           "Best test accuracy over all epochs, as papers report it: optimistic, and only under protocol=faithful."),
+           "Best test accuracy over all epochs, as papers report it: optimistic, and only with recipe.watch_test."),
     Metric("timing.total_s", "s", "lower", "Wall-clock of the whole command."),
     Metric("timing.cold_s", "s", "lower", "First steps, compilation and autotuning: outside every other time."),
     Metric("timing.epoch_s", "s", "lower", "The last training epoch, validation and checkpoints left out."),

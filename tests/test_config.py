@@ -37,6 +37,9 @@ NEEDS = {  # what a choice cannot do without
     "adjoint=backsolve": ["model=neural_ode"],
     "network=mdeq_imagenet": ["dataset=cifar10"],  # halves an image five times
     "network=node_conv": ["model=neural_ode", "init=stem"],  # its cell does not see x
+    "experiment=cdeq_cifar10_small": ["stop.max_steps=9"],  # for time
+    "experiment=cdeq_cifar10_large": ["stop.max_steps=9"],
+    "experiment=cdeq_imagenet_small": ["stop.max_steps=9", "dataset.size=32"],
 }
 SETTABLE = ("network", "init", "solver", "stop", "adjoint", "recipe", "dataset")
 
@@ -258,6 +261,23 @@ def test_a_protocol_wins_over_a_model_and_never_selects_a_solver(mine):
     assert compose("protocol=strict", "stop.tol=0.5", search=mine).config["stop"]["tol"] == 0.5
 
 
+def test_a_protocol_says_whether_there_is_validation_pretraining_and_a_watch_on_the_test_split(mine):
+    ours = Path(mine[0], "protocol", "bare.yaml")
+    ours.write_text("defaults:\n  - sound\n  - _self_\nname: bare\nval_size: 0\nwatch_test: true\npretrain_steps: 7\n"
+                    "pretrain_depth: 3\n")  # fmt: skip
+    for dataset in files("dataset"):
+        assert compose(f"dataset={dataset}").config["dataset"]["val_size"] > 0
+        job = compose(f"dataset={dataset}", "protocol=bare", search=mine).config
+        assert job["dataset"]["val_size"] == 0
+        assert [job["recipe"][k] for k in ("watch_test", "pretrain_steps", "pretrain_depth")] == [True, 7, 3]
+        alone = config.compose("data", [f"dataset={dataset}"]).config["dataset"]
+        assert alone == compose(f"dataset={dataset}").config["dataset"]
+    job = compose("protocol=bare", "length=smoke", "dataset.val_size=9", search=mine).config
+    assert (job["dataset"]["val_size"], job["recipe"]["pretrain_steps"]) == (9, 0)
+    sound = compose().config["recipe"]
+    assert [sound[k] for k in ("watch_test", "pretrain_steps", "pretrain_depth")] == [False, 0, 5]
+
+
 def test_an_experiment_is_a_recipe_a_data_set_and_a_model_that_the_command_line_wins_over(mine):
     job = compose("experiment=mine", search=mine)
     assert (job.choices["model"], job.choices["solver"], job.choices["dataset"]) == ("skip_cdeq", "vcab3", "small")
@@ -307,6 +327,58 @@ def test_cdeq_mnist_is_the_papers_recipe_for_each_of_its_models():
     assert job.config["penalty"]["skip"]["weight"] == 5
     assert compose("experiment=cdeq_mnist", "model=skip_deq", "penalty.skip.weight=2").config["penalty"]["skip"] == {
         "_target_": "implicit_bench.models.Skip", "weight": 2}  # fmt: skip
+
+
+CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}  # cdeq.md, 3.1
+EXPERIMENTS = {  # the first paper's code (3.1, of its digest): network, data set, recipe, presentation, images, steps
+    "cdeq_cifar10_small": (
+        "mdeq_small", "cifar10",
+        {"batch": 128, "eval_batch": 128, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 2.5e-5,
+         "constant_decay": True, "schedule": "cosine", "lr_min": 1e-5, "clip": None},
+        {**CIFAR, "flip": 0.0, "pad": 0, "zoom": 0}, 50_000, 20_000),
+    "cdeq_cifar10_large": (
+        "mdeq_large", "cifar10",
+        {"batch": 128, "eval_batch": 128, "optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0,
+         "constant_decay": False, "schedule": "cosine", "lr_min": 1e-5, "clip": None},
+        {**CIFAR, "flip": 0.5, "pad": 0, "zoom": 42}, 50_000, 90_000),
+    "cdeq_imagenet_small": (
+        "mdeq_imagenet", "imagenet",
+        {"batch": 64, "eval_batch": 64, "optimizer": "sgd", "momentum": 0.9, "nesterov": True, "lr": 0.05,
+         "weight_decay": 1e-6, "constant_decay": False, "schedule": "step",
+         "milestones": [100_000, 150_000, 250_000], "gamma": 0.1},
+        {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "flip": 0.5, "size": 224, "crop": "squash",
+         "resize": 256}, 1_281_167, 500_000),
+    "mdeq_fashion": (  # 3.3, version 1; its length is our own
+        "mdeq_mnist", "fashion_mnist",
+        {"epochs": 3, "epoch_images": 20_000, "batch": 64, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 2.5e-6,
+         "schedule": "cosine", "lr_min": 1e-6},
+        {"flip": 0.0, "pad": 0, "zoom": 0}, 60_000, 3 * (20_000 // 64)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_of_the_first_paper_has_its_numbers(name):
+    network, dataset, recipe, presented, images, steps = EXPERIMENTS[name]
+    for model in (None, "deq", "skip_reg_cdeq", "neural_ode"):
+        job = compose(f"experiment={name}", *([f"model={model}"] if model else []))
+        init, _, stop, adjoint, penalty = TABLE[model or "cdeq"]
+        picked = tuple(job.choices[group] for group in ("model", "network", "dataset", "init", "stop", "adjoint"))
+        assert picked == (model or "cdeq", network, dataset, init, stop, adjoint)
+        assert recipe.items() <= job.config["recipe"].items()
+        assert presented.items() <= job.config["dataset"].items()
+        weight = {"mdeq_fashion": 1.0}.get(name, 0.01)  # 1., 3.3
+        assert [p["weight"] for p in job.config["penalty"].values()] == [weight] * len(penalty)
+    made = config.make(job.config["recipe"], "recipe")
+    for val_size in (job.config["dataset"]["val_size"], 0):  # under sound, and as the paper
+        assert made.total_steps(images - val_size) == steps
+    smoke = compose(f"experiment={name}", "length=smoke").config["recipe"]
+    assert config.make(smoke, "recipe").total_steps(images) == 50
+    short = config.make(compose(f"experiment={name}", "length=short").config["recipe"], "recipe")
+    assert short.total_steps(images) == 3 * short.steps_an_epoch(images) < 70_000
+
+
+def test_every_experiment_of_the_first_paper_is_looked_at():
+    assert {file for file in files("experiment") if file.startswith(("cdeq_", "mdeq_"))} == {*EXPERIMENTS, "cdeq_mnist"}
 
 
 def test_a_file_of_ones_own_cannot_hide_behind_one_of_ours(tmp_path, capsys):
@@ -397,6 +469,9 @@ WRONG = {
     # values
     "stop.tol=-1": "stop.tol=-1 must be positive and finite, such as 1e-2",
     "recipe.epochs=0": "recipe.epochs=0 must be positive",
+    "recipe.constant_decay=true": "recipe.constant_decay=true needs recipe.optimizer=adamw, not adam",
+    "recipe.epoch_images=31": "recipe.epoch_images=31 must be at least recipe.batch=32",
+    "dataset.zoom=7": "dataset.zoom=7 is smaller than the images of digits, 8 x 8; take 8 or more, or 0 for none",
     "seed=-1": "seed=-1 must be at least 0",
     f"seed={10**20}": f"seed={10**20} is too large",
     "progress.log_steps=0": "progress.log_steps=0 must be at least 1",

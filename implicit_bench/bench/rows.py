@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,13 @@ class Row:
         self.model = device.place(parts.model)
         if device.compile:
             self.model.layer.cell.compile()
-        self.recipe = parts.recipe
+        self.recipe = replace(parts.recipe, pretrain_steps=0)  # which solve nothing
         self.order = data.order(len(data.train), job.config["seed"], 1)
         try:
-            total = parts.recipe.total_steps(len(data.train))
+            total = self.recipe.total_steps(len(data.train))
         except ValueError as mistake:
             raise config.UsageError(str(mistake)) from None
-        self.step = Step(self.model, parts.penalties, parts.recipe, device, total)
+        self.step = Step(self.model, parts.penalties, self.recipe, device, total)
         self.tally = Tally()
         self.batches = 0
         self.warm: clock.WarmUp | None = None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,10 @@ class ImageFolder(Dataset):
     """A folder with train/ and val/ of class folders, as torchvision's ImageFolder: ImageNet's layout. val/ is the test
     split; validation images are taken out of train/.
 
-    Training images: a random resized crop, mirrored with probability ``flip``; all others: ``resize`` pixels on the
-    shorter side, then the middle. Nothing is kept in memory but the files' names.
+    Training images are mirrored with probability ``flip``. ``crop`` resized: they are random resized crops; all others
+    have ``resize`` pixels on the shorter side, of which the middle is seen. ``crop`` squash, as the first paper: they
+    are resized to ``resize`` x ``resize`` whatever their aspect, then cropped at random; all others to ``size`` x
+    ``size``. Nothing is kept in memory but the files' names.
 
     Args:
         folder: the one that holds train/ and val/.
@@ -37,10 +39,11 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, folder: str | None, val_size: int, mean: Sequence[float], std: Sequence[float],
-                 flip: float = 0.5, size: int = 224, resize: int = 256, val_seed: int = 0):  # fmt: skip
+                 flip: float = 0.5, size: int = 224, resize: int = 256, val_seed: int = 0,
+                 crop: Literal["resized", "squash"] = "resized"):  # fmt: skip
         if not 0 < size <= resize:
             raise ValueError(f"dataset.size={size} must be positive and at most dataset.resize={resize}")
-        self.folder, self.shape, self.size, self.resize = folder, (3, size, size), size, resize
+        self.folder, self.shape, self.size, self.resize, self.crop = folder, (3, size, size), size, resize, crop
         self.name = Path(folder).name if folder else "imagenet"
         self.labels = {} if folder is None else {name: k for k, name in enumerate(_classes(Path(folder, "train")))}
         self.classes = len(self.labels) or 1000
@@ -55,7 +58,7 @@ class ImageFolder(Dataset):
         splits = [self._split_of(folder, split, digest) for split in ("train", "val")]
         train, val = self._split(splits[0])
         return Streamed(train=train, val=val, test=splits[1], sha256=digest.hexdigest(), folder=folder, workers=workers,
-                        size=self.size, resize=self.resize, **self._presented(device))  # fmt: skip
+                        size=self.size, resize=self.resize, crop=self.crop, **self._presented(device))  # fmt: skip
 
     def fetch(self, root: Path, report: sources.Report) -> None:
         train, test = (self._split_of(self._named(), split, hashlib.sha256()) for split in ("train", "val"))
@@ -112,6 +115,7 @@ class Streamed(Data):
     workers: int | str = "auto"
     size: int = 224
     resize: int = 256
+    crop: Literal["resized", "squash"] = "resized"
 
     def batch(self, split: Split, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         drawn = () if generator is None else torch.randint(2**62, (1,), generator=generator, device=generator.device)
@@ -136,6 +140,10 @@ class Streamed(Data):
 
         random = [v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(self.flip)]
         fixed = [v2.Resize(self.resize), v2.CenterCrop(self.size)]
+        if self.crop == "squash":
+            whole = v2.Resize((self.resize, self.resize))
+            random = [whole, v2.RandomHorizontalFlip(self.flip), v2.RandomCrop(self.size)]
+            fixed = [v2.Resize((self.size, self.size))]
         return v2.Compose([*(random if augment else fixed), v2.PILToTensor()])
 
 

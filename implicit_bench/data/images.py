@@ -47,6 +47,7 @@ class Data:
     shift: Tensor
     flip: float = 0.0
     pad: int = 0
+    zoom: int = 0
 
     def facts(self) -> dict[str, str | int]:
         """What a run's record says of its data."""
@@ -56,11 +57,11 @@ class Data:
     def batch(self, split: Split, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """x float32 (B, C, H, W) normalised and y int64 (B,) of ``index`` (B,), which lives on the data's device.
 
-        With a ``generator`` (of the same device) the images are augmented by ``flip`` and ``pad``; without, never.
+        With a ``generator`` (of the same device) they are augmented by ``flip``, ``pad`` and ``zoom``; without, never.
         """
         x = split.x.index_select(0, index)
-        if generator is not None and (self.flip or self.pad):
-            x = flip_and_crop(x, self.flip, self.pad, generator)
+        if generator is not None and (self.flip or self.pad or self.zoom):
+            x = flip_and_crop(x, self.flip, self.pad, generator, self.zoom)
         return x.float().mul_(self.scale).add_(self.shift), split.y.index_select(0, index)
 
     def batches(self, split: Split, size: int, order: Tensor | None = None, first: int = 0, last: int | None = None,
@@ -71,7 +72,7 @@ class Data:
         batch) only: who resumes in the middle of an epoch needs nothing saved. Close the iterator when leaving early.
         """
         order = torch.arange(len(split), device=split.y.device) if order is None else order
-        generator = torch.Generator(split.y.device) if augment and (self.flip or self.pad) else None
+        generator = torch.Generator(split.y.device) if augment and (self.flip or self.pad or self.zoom) else None
         for k in range(first, -(-len(order) // size) if last is None else last):
             if augment and generator:
                 generator.manual_seed(batch_seed(*augment, k))
@@ -105,6 +106,7 @@ class Dataset:
         val_size: images taken out of the training set for validation, chosen by ``val_seed``; 0 for none.
         mean, std: a channel each, of pixels scaled to [0, 1]; null for one half.
         flip: probability of a left-right mirror image; pad: zeros on each side before a random crop, in pixels.
+        zoom: pixels a side that a training image is resized to before a random crop of its own size; 0 for not.
     """
 
     shape: tuple[int, int, int]  # (C, H, W)
@@ -114,7 +116,7 @@ class Dataset:
     name = ""  # the class's own, unless said
 
     def __init__(self, val_size: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-                 flip: float = 0.0, pad: int = 0, val_seed: int = 0):  # fmt: skip
+                 flip: float = 0.0, pad: int = 0, val_seed: int = 0, zoom: int = 0):  # fmt: skip
         self.name = self.name or type(self).__name__
         for field, count in (("shape", 3), ("classes", 1)):
             value = getattr(self, field, None)
@@ -123,12 +125,18 @@ class Dataset:
                 wanted = "a whole number" if count == 1 else "(channels, height, width)"
                 raise ValueError(f"{type(self).__name__}.{field} must be {wanted}, not {value!r}")
         self.shape = tuple(self.shape)  # type: ignore[assignment]
-        for field, value in (("val_size", val_size), ("pad", pad), ("val_seed", val_seed)):
+        for field, value in (("val_size", val_size), ("pad", pad), ("val_seed", val_seed), ("zoom", zoom)):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"dataset.{field} must be a whole number from 0 on, not {value!r}")
         if not isinstance(flip, (int, float)) or not 0 <= flip <= 1:
             raise ValueError(f"dataset.flip must be a probability, not {flip!r}")
-        self.val_size, self.flip, self.pad, self.val_seed = val_size, flip, pad, val_seed
+        if zoom and pad:
+            raise ValueError(f"dataset.zoom={zoom} and dataset.pad={pad} are two ways to crop; set one of them to 0")
+        if zoom and zoom < max(self.shape[1:]):
+            sides = " x ".join(map(str, self.shape[1:]))
+            raise ValueError(f"dataset.zoom={zoom} is smaller than the images of {self.name}, {sides}; take "
+                             f"{max(self.shape[1:])} or more, or 0 for none")  # fmt: skip
+        self.val_size, self.flip, self.pad, self.zoom, self.val_seed = val_size, flip, pad, zoom, val_seed
         if self.n_train is not None:
             self._leave_some(self.n_train)
         self.mean, self.std = self._by_channel("mean", mean), self._by_channel("std", std)
@@ -177,6 +185,7 @@ class Dataset:
             test=_move(Split(raw.test_x, raw.test_y), device),
             sha256=_sha256(raw),
             pad=self.pad,
+            zoom=self.zoom,
             **self._presented(device),
         )
 
@@ -239,11 +248,11 @@ class ImageData(Dataset):
     """A key of KNOWN (digits, mnist, fashion_mnist, cifar10, cifar100, svhn), read from its official files."""
 
     def __init__(self, name: str, val_size: int, mean: Sequence[float], std: Sequence[float], flip: float = 0.0,
-                 pad: int = 0, val_seed: int = 0):  # fmt: skip
+                 pad: int = 0, val_seed: int = 0, zoom: int = 0):  # fmt: skip
         known = lookup(name)
         self.name, self.shape, self.classes = name, known.shape, known.classes
         self.peak, self.n_train = known.peak, known.n_train
-        super().__init__(val_size, mean, std, flip, pad, val_seed)
+        super().__init__(val_size, mean, std, flip, pad, val_seed, zoom)
 
     def read(self, root: Path) -> Raw:
         return read(self.name, root)

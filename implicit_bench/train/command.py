@@ -189,7 +189,7 @@ def _fill(rec: dict[str, Any], fit: Fit) -> None:
 
 
 def _test(rec: dict[str, Any], model: Any, data: Data, batch: int, device: Device) -> None:
-    """The test split, touched here and nowhere else."""
+    """The test split, touched here and, but for recipe.watch_test, nowhere else."""
     found = evaluate(model, data, data.test, batch, device)
     rec["metrics"] |= {"test_acc": found["acc"], "test_loss": found["loss"]}
     rec["solve"]["test"] = {k: found.get(k) for k in ("nfe_forward", "nfe_sample", "residual", "converged_fraction",

@@ -58,6 +58,7 @@ class Progress:
     batch: int = 0  # batches of it taken
     best_epoch: int | None = None
     best_val_acc: float = -1.0
+    best_test_acc: float = -1.0  # only under recipe.watch_test
     last: dict[str, Any] = field(default_factory=dict)  # the last epoch's row
     tally: dict[str, float] = field(default_factory=dict)  # of the epoch so far
     times: dict[str, list[float]] = field(default_factory=dict)
@@ -177,6 +178,10 @@ class Fit:
             **_named(train),
         }
         row |= {f"metrics.val_{k}": val[k] for k in ("acc", "loss") if k in val}
+        if self.recipe.watch_test:
+            test = evaluate(self.model, data, data.test, self.recipe.eval_batch, self.device)
+            at.best_test_acc = max(at.best_test_acc, test["acc"])
+            row["metrics.test_acc_best_paper_style"] = at.best_test_acc
         self._row(row)
         nfe = f"{number(train['nfe_forward'])}/{number(train['nfe_backward'])}"
         residual = number(train["residual"], 2)

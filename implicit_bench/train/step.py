@@ -119,6 +119,7 @@ class Step:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, bound, norm)
         sane = self.recipe.on_nonfinite == "raise" or bool((norm + loss.detach()).isfinite())
         if sane:  # under raise the answer is read after the clock has stopped: no wait inside a step
+            self.recipe.set_decay(self.optimizer)
             self.optimizer.step()
             if self.every and self.taken % self.every == 0:
                 for part in self.start:

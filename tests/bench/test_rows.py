@@ -13,8 +13,8 @@ def composed(tmp_path, *words):
 
 @pytest.fixture
 def made(tmp_path):
-    def make(*models):
-        given = [composed(tmp_path, f"model={m}") for m in models]
+    def make(*models, words=()):
+        given = [composed(tmp_path, f"model={m}", *words) for m in models]
         data = config.make(given[0].config["dataset"], "dataset").load(tmp_path)
         return [rows.Row(m, job, data, Device("cpu", threads=1)) for m, job in zip(models, given)]
 
@@ -49,6 +49,12 @@ def test_backsolve_counts_its_own_calls_of_f(made):
     figures = row.figures({"train": [1.0]}, 0.5, 2.0)
     assert figures.f_calls == means["nfe_forward"] + means["calls_backward"]
     assert figures.floor_ms == pytest.approx(figures.f_calls * 0.5 + means["nfe_backward"] * 2.0)
+
+
+def test_a_row_is_timed_as_it_trains_after_pretraining(made):
+    (plain,), (row,) = made("deq"), made("deq", words=["recipe.pretrain_steps=9", "recipe.pretrain_depth=2"])
+    plain.measure(2), row.measure(2)
+    assert row.tally.means() == plain.tally.means()
 
 
 def test_warming_up_leaves_no_trace(made):

@@ -46,6 +46,39 @@ def test_outcomes_are_the_legal_ones_each_as_likely(pad, probability, flips):
     assert all(abs(count - expected) < 5 * expected**0.5 for count in counts.values())
 
 
+def resized(image, side):
+    """``image`` (C, H, W) at side x side, by hand: pixels lie at their centres, the outermost ones reach out."""
+    for dim in (1, 2):
+        n = image.shape[dim]
+        at = ((torch.arange(side, dtype=torch.float64) + 0.5) * n / side - 0.5).clamp(0, n - 1)
+        low = at.floor().long()
+        share = (at - low).view(1, -1, 1) if dim == 1 else at - low
+        high = (low + 1).clamp(max=n - 1)
+        image = image.double().index_select(dim, low) * (1 - share) + image.double().index_select(dim, high) * share
+    return image
+
+
+@pytest.mark.parametrize(("probability", "flips"), [(0.0, [False]), (1.0, [True]), (0.5, [False, True])])
+def test_zoomed_outcomes_are_windows_of_the_resized_image_each_as_likely(probability, flips):
+    image, zoom = one_image(), 6  # of 3 x 4 pixels: 4 x 3 windows
+    whole = resized(image[0], zoom)
+    windows = [whole[:, top : top + 3, left : left + 4] for top in range(4) for left in range(3)]
+    allowed = [(window.flip(2) if flip else window).flatten() for flip in flips for window in windows]
+    expected = 400
+    n = expected * len(allowed)
+    out = flip_and_crop(image.expand(n, -1, -1, -1), probability, 0, generator(), zoom)
+    assert out.shape == (n, 2, 3, 4)
+    away = torch.cdist(out.flatten(1).double(), torch.stack(allowed), p=float("inf"))
+    assert float(away.min(1).values.max()) < 1e-5
+    counts = torch.bincount(away.argmin(1), minlength=len(allowed))
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in counts.tolist())
+
+
+def test_a_zoom_to_its_own_size_changes_nothing():
+    x = torch.randint(0, 256, (8, 3, 5, 5), dtype=torch.uint8, generator=generator())
+    assert torch.equal(flip_and_crop(x, 0.0, 0, generator(1), 5), x.float())
+
+
 def test_each_image_is_cut_from_itself():
     x = torch.randint(1, 256, (64, 3, 5, 5), dtype=torch.uint8, generator=generator())
     out = flip_and_crop(x, 0.5, 1, generator(1))

@@ -78,14 +78,15 @@ def test_evaluation_sees_the_middle_of_each_picture(folder):
         np.testing.assert_allclose(x[4 + k], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("crop", ["resized", "squash"])
 @pytest.mark.parametrize("augment", [None, (3, 2)])
-def test_batches_are_the_same_whatever_the_workers(folder, augment):
-    data = load(folder)
+def test_batches_are_the_same_whatever_the_workers(folder, augment, crop):
+    data = load(folder, crop=crop)
     order = data.order(len(data.train), 0, 1)
     alone = list(data.batches(data.train, 4, order, augment=augment))
     assert [len(y) for _, y in alone] == [4, 4, 4, 4, 3]
     for workers in (1, 2):
-        other = load(folder, workers)
+        other = load(folder, workers, crop=crop)
         assert equal(other.batches(other.train, 4, order, augment=augment), alone)
         assert equal(other.batches(other.train, 4, order, 2, 4, augment=augment), alone[2:4])
     assert children_gone()
@@ -111,6 +112,29 @@ def test_flips_as_often_as_asked(folder):
     side = load(folder, flip=0.0), load(folder, flip=1.0)
     plain, mirrored = (next(data.batches(data.train, 8, augment=(0, 1)))[0] for data in side)
     assert torch.equal(plain, mirrored.flip(3))
+
+
+def test_squash_takes_the_whole_picture_whatever_its_aspect(folder):
+    """In evaluation at size x size; in training a window of it at resize x resize, mirrored or not, each as likely."""
+    data = load(folder, crop="squash", flip=0.5)
+    paths = [folder / os.fsdecode(name) for name in data.test.x]
+    wide = max(paths, key=lambda path: abs(np.log(np.divide(*Image.open(path).size))))
+    picture = Image.open(wide).convert("RGB")
+
+    def pixels(side):
+        squashed = np.asarray(picture.resize((side, side), Image.BILINEAR)).transpose(2, 0, 1) / 255
+        return torch.tensor((squashed - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1)))
+
+    k = paths.index(wide)
+    torch.testing.assert_close(data.batch(data.test, torch.tensor([k]))[0][0].double(), pixels(8), atol=1e-5, rtol=0)
+    windows = [pixels(10)[:, top : top + 8, left : left + 8] for top in range(3) for left in range(3)]
+    allowed = torch.stack([(w.flip(2) if flip else w).flatten() for w in windows for flip in (False, True)])
+    n = 100 * len(allowed)
+    seen, _ = next(data.batches(data.test, n, torch.full((n,), k), augment=(0, 1)))
+    away = torch.cdist(seen.flatten(1).double(), allowed, p=float("inf"))
+    assert float(away.min(1).values.max()) < 1e-5
+    counts = torch.bincount(away.argmin(1), minlength=len(allowed))
+    assert all(abs(count - 100) < 50 for count in counts.tolist())
 
 
 def test_random_access_agrees_with_the_stream(folder):

@@ -92,8 +92,9 @@ def test_a_batch_is_a_copy(load):
     assert torch.equal(data.train.x, before)
 
 
-def test_augments_only_with_a_generator(load):
-    data, plain, index = load(flip=0.5, pad=4), load(), torch.arange(35)
+@pytest.mark.parametrize("crop", [{"pad": 4}, {"zoom": 42}])
+def test_augments_only_with_a_generator(load, crop):
+    data, plain, index = load(**crop), load(), torch.arange(35)
     expected, _ = plain.batch(plain.train, index)
     assert torch.equal(data.batch(data.train, index)[0], expected)
     assert not torch.equal(data.batch(data.train, index, torch.Generator().manual_seed(0))[0], expected)
@@ -121,8 +122,9 @@ def test_augmented_batch_depends_on_the_generator_only(load):
     assert torch.equal(y, data.train.y[index])
 
 
-def test_batches_of_an_epoch(load):
-    data = load(flip=0.5, pad=4)
+@pytest.mark.parametrize("crop", [{"pad": 4}, {"zoom": 42}, {}])
+def test_batches_of_an_epoch(load, crop):
+    data = load(flip=0.5, **crop)
     order = data.order(35, seed=3, epoch=2)
     whole = list(data.batches(data.train, 8, order, augment=(3, 2)))
     assert [len(y) for _, y in whole] == [8, 8, 8, 8, 3]
@@ -149,6 +151,15 @@ def test_padding_is_black_before_normalisation(load):
     assert bool(is_black.any(1).all())  # a crop out of 96 x 96 with a 32 x 32 image in its middle
 
 
+def test_a_zoomed_image_is_normalised_as_any_other(load):
+    """One of a single colour stays that colour, wherever it is cut."""
+    data = load(zoom=42)
+    data.train.x[0] = torch.tensor([10, 100, 250], dtype=torch.uint8).view(3, 1, 1)
+    plain, _ = data.batch(data.train, torch.tensor([0]))
+    x, _ = data.batch(data.train, torch.zeros(20, dtype=torch.int64), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x, plain.expand(20, -1, -1, -1))
+
+
 def test_order_is_a_permutation_of_its_own_seed(load, tmp_path):
     data, other = load(), ImageData("digits", 180, [0.3], [0.3]).load(tmp_path)
     state = torch.get_rng_state()
@@ -172,7 +183,7 @@ def test_config_builds_what_its_name_says(name):
     images = instantiate(config)
     assert isinstance(images, ImageData)
     assert images.name == name
-    assert (images.flip, images.pad) == (0, 0)
+    assert (images.flip, images.pad, images.zoom) == (0, 0, 0)
     assert 0 < images.val_size < KNOWN[name].n_train / 5
     assert (images.classes, images.shape) == (KNOWN[name].classes, KNOWN[name].shape)
     assert type(images.mean) is tuple
@@ -193,6 +204,9 @@ def test_config_builds_what_its_name_says(name):
         ({"pad": -1}, "pad must be a whole number from 0 on, not -1"),
         ({"pad": 0.5}, "pad must be a whole number from 0 on, not 0.5"),
         ({"val_seed": -1}, "val_seed must be a whole number from 0 on, not -1"),
+        ({"zoom": 4.5}, "zoom must be a whole number from 0 on, not 4.5"),
+        ({"zoom": 42, "pad": 4}, "dataset.zoom=42 and dataset.pad=4 are two ways to crop; set one of them to 0"),
+        ({"zoom": 31}, "dataset.zoom=31 is smaller than the images of cifar10, 32 x 32; take 32 or more, or 0"),
     ],
 )
 def test_values_that_make_no_sense(settings, sentence):

@@ -106,6 +106,8 @@ def test_splits_normalises_and_augments(tmp_path):
     mirrored, _ = next(data.batches(data.train, 6, augment=(0, 1)))
     assert torch.equal(mirrored, x.flip(3))
     assert torch.equal(y, data.train.y)
+    zoomed, _ = next(dataset()(zoom=5).load(tmp_path).batches(data.train, 6, augment=(0, 1)))
+    assert zoomed.shape == x.shape
     plain = dataset()().load(tmp_path)
     assert len(plain.train) == 10
     torch.testing.assert_close(plain.batch(plain.train, torch.arange(10))[0], plain.train.x / 127.5 - 1)

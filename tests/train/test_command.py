@@ -82,6 +82,60 @@ def test_the_test_split_is_touched_once_and_after_training(tmp_path, monkeypatch
     assert seen == [("val", True)] * 3 + [("test", True)]
 
 
+def watched(accuracies):
+    """In the loop's place of `evaluate`: what it says of validation, and made-up accuracies of the test split."""
+    real = loop.evaluate
+    return lambda *a: {"acc": next(accuracies)} if a[2] is a[1].test else real(*a)
+
+
+def test_watching_the_test_split_keeps_its_best_epoch_and_changes_nothing_else(tmp_path, monkeypatch, undisturbed):
+    assert undisturbed.record["metrics"]["test_acc_best_paper_style"] is None
+    seen = []
+    real = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a: seen.append((a[2] is a[1].test, real(*a))) or seen[-1][1])
+    done = jobs.run(tmp_path, *RUN, "recipe.watch_test=true")
+    assert [test for test, _ in seen] == [False, True] * 3
+    accuracies = [found["acc"] for test, found in seen if test]
+    assert jobs.same_weights(done.folder, undisturbed.folder)
+    assert done.record["metrics"] == undisturbed.record["metrics"] | {"test_acc_best_paper_style": max(accuracies)}
+    assert done.record["metrics"]["test_acc"] == accuracies[-1]
+
+
+@pytest.mark.parametrize("at", [39, 50, 78])
+def test_the_best_test_accuracy_outlives_an_interruption(tmp_path, monkeypatch, undisturbed, at):
+    real, accuracies = loop.Step.__call__, iter([0.25, 0.75, 0.5])
+
+    def stopping(self, x, y):
+        if self.taken == at - 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, x, y)
+
+    monkeypatch.setattr(loop, "evaluate", watched(accuracies))
+    monkeypatch.setattr(loop.Step, "__call__", stopping)
+    assert jobs.run(tmp_path, *RUN, "recipe.watch_test=true").exit_code == 130
+    monkeypatch.setattr(loop.Step, "__call__", real)
+    done = jobs.run(tmp_path, *RUN, "recipe.watch_test=true")
+    best = [r["metrics.test_acc_best_paper_style"] for r in rows(done.folder) if "epoch" in r]
+    assert best == [0.25, 0.75, 0.75]
+    assert done.record["metrics"]["test_acc_best_paper_style"] == 0.75
+    assert done.record["metrics"]["test_acc"] == undisturbed.record["metrics"]["test_acc"]  # measured, at the end
+
+
+def test_an_epoch_of_fewer_images_sees_others_each_time(tmp_path, monkeypatch):
+    real, seen = loop.Step.__call__, []
+
+    def noting(self, x, y):
+        seen.extend(x.flatten(1).tolist())
+        return real(self, x, y)
+
+    monkeypatch.setattr(loop.Step, "__call__", noting)
+    done = jobs.run(tmp_path, "recipe.epochs=2", "recipe.epoch_images=200", "recipe.batch=50")
+    assert (done.record["steps"], done.record["epochs"], len(seen)) == (8, 2, 400)
+    first, second = ({tuple(x) for x in part} for part in (seen[:200], seen[200:]))
+    assert len(first) > 195  # digits has a few images twice
+    assert len(first & second) < 60  # of 1,257: a sixth of 200 by chance
+
+
 @pytest.mark.parametrize("at", [5, 39, 50])
 def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, monkeypatch, undisturbed, at):
     real = loop.Step.__call__

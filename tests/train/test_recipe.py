@@ -61,13 +61,17 @@ def test_steps():
     assert recipe.steps_an_epoch(100) == 3
     assert recipe.total_steps(100) == 9
     assert Recipe(epochs=3, batch=32, max_steps=4).total_steps(100) == 4
+    assert Recipe(epochs=3, batch=32, epoch_images=70).total_steps(100) == 6
+    assert Recipe(epochs=3, batch=32, epoch_images=1000).total_steps(100) == 9
     with pytest.raises(ValueError, match=r"recipe.batch=32 is more than the 20 training images"):
         recipe.steps_an_epoch(20)
 
 
 @pytest.mark.parametrize("bad", [dict(epochs=0), dict(batch=0), dict(lr=-1.0), dict(clip=0.0), dict(max_steps=0),
     dict(weight_decay=-1.0), dict(momentum=-0.1), dict(lr_min=-1e-5), dict(gamma=-1.0), dict(pretrain_steps=-1),
-    dict(nesterov=True)])
+    dict(nesterov=True), dict(epoch_images=0), dict(epoch_images=31), dict(constant_decay=True),
+    dict(constant_decay=True, optimizer="adamw", lr_min=0.0),
+    dict(constant_decay=True, optimizer="adamw", schedule="step", gamma=0.0)])
 def test_impossible_values_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=rf"recipe.{next(iter(bad))}"):
         Recipe(**bad)

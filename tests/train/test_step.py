@@ -1,3 +1,5 @@
+import math
+
 import jobs
 import pytest
 import torch
@@ -69,6 +71,26 @@ def test_clip_bounds_the_update(make):
     step(*batch())
     moved = torch.cat([p.detach().flatten() for p in step.parameters]) - before
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_constant_decay_takes_the_same_share_off_at_every_learning_rate(make):
+    """w -= Adam's step at the cosine's lr + .01 w, written out; AdamW itself takes lr * .01 w."""
+    words = ("model=deq", "recipe.optimizer=adamw", "recipe.weight_decay=0.01", "recipe.lr=1e-2", "recipe.lr_min=1e-4")
+    for constant in (True, False):
+        step = make(*words, f"recipe.constant_decay={constant}")
+        step.model.double()
+        x, y = batch()
+        first, second = ([torch.zeros_like(p) for p in step.parameters] for _ in range(2))
+        for k in range(1, 9):
+            lr = 1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * (k - 1) / 10)) / 2
+            before = [p.detach().clone() for p in step.parameters]
+            step(x.double(), y)
+            for p, w, m, v in zip(step.parameters, before, first, second):
+                m.lerp_(p.grad, 0.1)
+                v.lerp_(p.grad**2, 0.001)
+                moved = lr * m / (1 - 0.9**k) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
+                expected = w - moved - 0.01 * w * (1 if constant else lr)
+                torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_pretraining_applies_the_cell_depth_times_then_solves(make):
