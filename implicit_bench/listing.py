@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import terminal
-from .config import files, plural
+from .config import alone, files, plural
 from .report import tables
 from .schema import GROUPS, UsageError, locate, nearest
 from .words import Words
@@ -50,11 +50,10 @@ def counts() -> list[list[Any]]:
     multiply-add), of each network on its paper's data set: counted on modules of the meta device, where nothing is
     computed."""
     import torch
-    from omegaconf import OmegaConf
     from torch.utils.flop_counter import FlopCounterMode
 
     def made(group: str, name: str, **given: Any) -> Any:
-        node: Any = OmegaConf.to_container(OmegaConf.load(files(group)[name]), resolve=True)
+        node = alone(files(group)[name])
         return locate(node.pop("_target_"), group)(**node, **given)
 
     rows = []
