@@ -28,6 +28,13 @@ def files(group: str, search: Sequence[str | Path] = ()) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def alone(path: Path) -> Any:
+    """What one file says with nothing composed around it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+
+
 @dataclass
 class Composed:
     """One job: the resolved config as a plain dict, and which file of each group it was composed from."""

@@ -42,7 +42,7 @@ def test_groups_keys_and_values():
     assert candidates("train solver=torchdiffeq/d") == ["solver=torchdiffeq/dopri5", "solver=torchdiffeq/dopri8"]
     assert candidates("train -m model=deq,skip_d") == ["model=deq,skip_deq"]
     assert "solver=vcab3" not in candidates("train -m solver=vcab3,")
-    assert candidates("train recipe.ep") == ["recipe.epochs="]
+    assert candidates("train recipe.epo") == ["recipe.epochs=", "recipe.epoch_images="]
     assert candidates("train gpu.compile=") == ["gpu.compile=true", "gpu.compile=false"]
     assert candidates("bench rou") == ["rounds="]
     assert "rounds=" not in candidates("train r")
