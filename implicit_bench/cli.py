@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .help import HELP, PROG, USAGE
-from .schema import UsageError, first_line, nearest
+from .schema import UsageError, config_dir, files, first_line, nearest
 from .words import Words, as_meant, plain, split
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[
     import hydra
     from hydra.errors import HydraException
 
-    from .config import config_dir
 
     logging.raiseExceptions = False  # or --info ... | head prints a traceback a line
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
@@ -262,7 +261,7 @@ def _data(words: Words) -> int:
     named = any(word.partition("=")[0].split(".")[0] == "dataset" for word in words.overrides)
     rows = config.expand(words.overrides, words.search)
     if not named:
-        names = config.files("dataset", words.search)
+        names = files("dataset", words.search)
         rows = [[f"dataset={name}", *row] for row in rows for name in names]
     jobs = config.compose_all("data", rows, words.search)
     from .report import tables

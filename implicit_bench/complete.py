@@ -7,9 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .config import config_dir, files, plural
 from .record import flat
-from .schema import GROUPS, UsageError
+from .schema import GROUPS, UsageError, config_dir, files, plural
 from .terminal import FORMATS
 
 SCRIPTS = {

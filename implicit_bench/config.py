@@ -9,30 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .schema import GROUPS, PLAIN, UsageError, check, first_line, locate, nearest, no_key, sources
-
-
-def config_dir() -> Path:
-    """The shipped configs: inside an installed wheel, beside the package in a checkout."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "configs", here.parent / "configs"):
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise UsageError(f"no configs beside {here}: the installation is incomplete, install implicit-bench again")
-
-
-def files(group: str, search: Sequence[str | Path] = ()) -> dict[str, Path]:
-    """Every file of a group by the name to choose it with, ours and those of --config-dir, sorted."""
-    folders = [folder / group for folder in (config_dir(), *map(Path, search))]
-    found = {path.relative_to(top).with_suffix("").as_posix(): path for top in folders for path in top.rglob("*.yaml")}
-    return dict(sorted(found.items()))
-
-
-def alone(path: Path) -> Any:
-    """What one file says with nothing composed around it."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+from .schema import (
+    GROUPS,
+    PLAIN,
+    UsageError,
+    check,
+    config_dir,
+    first_line,
+    locate,
+    nearest,
+    no_key,
+    plural,
+    sources,
+)  # fmt: skip
 
 
 @dataclass
@@ -130,8 +119,8 @@ def save(config: dict[str, Any], path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """One component's file by itself, resolved."""
+def alone(path: Path) -> dict[str, Any]:
+    """What one file says with nothing composed around it."""
     from omegaconf import OmegaConf
 
     return dict(OmegaConf.to_container(OmegaConf.load(path), resolve=True))  # type: ignore[arg-type]
@@ -200,10 +189,6 @@ class _hydra:
 
 
 LISTS = ("milestones", "mean", "std", "channels", "head", "allow_targets")  # keys whose value is one
-
-
-def plural(group: str) -> str:
-    return f"{group[:-1]}ies" if group.endswith("y") else f"{group}s"
 
 
 def _check_word(o: Any) -> None:

@@ -104,7 +104,7 @@ def _wrong(requirement: Any) -> str:
 
 
 def _configs(*_: Path) -> Iterator[Finding]:
-    from .config import config_dir
+    from .schema import config_dir
 
     yield Finding("configs", "ok", f"{len(list(config_dir().rglob('*.yaml')))} in {config_dir()}")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from . import terminal
-from .config import files, load, plural
+from .config import alone
 from .report import tables
-from .schema import GROUPS, UsageError, locate, nearest
+from .schema import GROUPS, UsageError, files, locate, nearest, plural
 from .words import Words
 
 PAPERS = (  # network, data set, what is chosen beside them
@@ -58,7 +58,7 @@ def counts() -> list[list[Any]]:
     from torch.utils.flop_counter import FlopCounterMode
 
     def made(group: str, name: str, **given: Any) -> Any:
-        node = load(files(group)[name]) | given
+        node = alone(files(group)[name]) | given
         return locate(node.pop("_target_"), group)(**node)
 
     rows = []

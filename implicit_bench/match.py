@@ -21,7 +21,7 @@ import torch
 from . import config, machine, record
 from .bench.rows import initial_ms
 from .config import Composed, UsageError
-from .schema import locate, nearest
+from .schema import files, locate, nearest
 from .terminal import progress
 
 Config = dict[str, Any]
@@ -61,7 +61,7 @@ def _is_control(cfg: Config) -> bool:
 
 def _other(job: Composed, search: Sequence[str]) -> Config:
     """The model that the job is matched to, on the same network and data, under the same recipe."""
-    name, known = job.config["match_to"], config.files("model", search)
+    name, known = job.config["match_to"], files("model", search)
     if name not in known:
         raise UsageError(f"no model {name!r} for match_to{nearest(name, [*known])} (implicit-bench list models)")
     words = [word for word in job.overrides if not _says(word, *OWN, "network.untied")]

@@ -35,6 +35,26 @@ class UsageError(Exception):
     """A user's mistake, told in one sentence; the process ends with exit code 2."""
 
 
+def config_dir() -> Path:
+    """The shipped configs: inside an installed wheel, beside the package in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UsageError(f"no configs beside {here}: the installation is incomplete, install implicit-bench again")
+
+
+def files(group: str, search: Sequence[str | Path] = ()) -> dict[str, Path]:
+    """Every file of a group by the name to choose it with, ours and those of --config-dir, sorted."""
+    folders = [folder / group for folder in (config_dir(), *map(Path, search))]
+    found = {path.relative_to(top).with_suffix("").as_posix(): path for top in folders for path in top.rglob("*.yaml")}
+    return dict(sorted(found.items()))
+
+
+def plural(group: str) -> str:
+    return f"{group[:-1]}ies" if group.endswith("y") else f"{group}s"
+
+
 def nearest(word: str, options: Sequence[str], most: int = 12) -> str:
     """`; nearest: x`, or the options themselves when nothing is near and they are not too many."""
     near = difflib.get_close_matches(word, options, 1, 0.5) or difflib.get_close_matches(word.lower(), options, 1, 0.5)

@@ -116,7 +116,7 @@ def test_an_extra_is_no_problem_but_says_how_to_have_it(tmp_path, monkeypatch):
 
 
 def test_configs_and_torchvision_are_looked_for(tmp_path, monkeypatch):
-    from implicit_bench import config, schema
+    from implicit_bench import schema
 
     assert int(look("configs", tmp_path)["configs"].text.split()[0]) > 30
     assert look("torchvision", tmp_path)["torchvision"].state == "ok"
@@ -124,7 +124,7 @@ def test_configs_and_torchvision_are_looked_for(tmp_path, monkeypatch):
     def none():
         raise schema.UsageError("no configs beside it")
 
-    monkeypatch.setattr(config, "config_dir", none)
+    monkeypatch.setattr(schema, "config_dir", none)
     monkeypatch.setattr(doctor, "CHECKS", {"configs": doctor.CHECKS["configs"]})
     assert "UsageError: no configs beside it" in examine(tmp_path, tmp_path)[0].text
 

@@ -26,7 +26,7 @@ OURS = {
     "mirror": set(),
     "log": {"mirror", "record"},
     "sync": {"lock", "log", "mirror", "record", "terminal"},
-    "doctor": {"config", "data", "machine", "mirror", "report", "terminal"},
+    "doctor": {"config", "schema", "data", "machine", "mirror", "report", "terminal"},
     "report": {"record", "terminal"},
     "runs": {"config", "device", "lock", "log", "models", "record", "report", "schema", "terminal", "train"},
     "evaluation": {"core", "models", "report", "runs", "schema", "train", *WORLD},
