@@ -152,7 +152,8 @@ class DataMean(nn.Module):
         mean = z.mean(0, keepdim=True)
         mean = mean if self.scales is None else self.scales.by_channel(mean)
         self.batches += 1
-        self.mean.lerp_(mean[0].to(self.mean.dtype), 1 / self.batches.clamp_max(self.window).to(self.mean.dtype))
+        share = 1 / self.batches.clamp_max(self.window).to(self.mean.dtype)
+        self.mean = self.mean.lerp(mean[0].to(self.mean.dtype), share)  # not in place: the start is a view of it
 
     def forward(self, x: Tensor, f: Field) -> Tensor:
         z = self.mean.unsqueeze(0)
