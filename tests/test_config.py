@@ -199,7 +199,8 @@ def identity(*words):
         ("model=deq stop.tol=0.010", "model=deq"),
         ("model=deq protocol.tol=1e-3", "model=deq stop.tol=1e-3"),
         ("length=short", "recipe.epochs=3"),
-        ("length=smoke", "recipe.epochs=1 recipe.max_steps=50 recipe.eval_images=500"),
+        ("length=smoke", "recipe.epochs=1 recipe.max_steps=100 recipe.batch=16 recipe.eval_images=200 "
+         "recipe.schedule=constant"),
         ("logger=none paths.runs=x paths.data=y force=true progress.log_steps=7 loader.workers=3", "seed=0"),
     ],
 )
@@ -295,7 +296,7 @@ def test_a_tune_file_of_experiment_and_protocol_wins_over_both(mine):
 def test_length_wins_over_every_recipe_number_and_the_command_line_over_length(mine):
     assert compose("length=smoke").config["recipe"]["epochs"] == 1
     job = compose("experiment=mine", "protocol=strict", "length=smoke", search=mine).config["recipe"]
-    assert (job["epochs"], job["max_steps"], job["batch"]) == (1, 50, 9)
+    assert (job["epochs"], job["max_steps"], job["batch"]) == (1, 100, 16)
     assert compose("length=smoke", "recipe.epochs=4", "recipe.max_steps=null").config["recipe"]["epochs"] == 4
     for length in set(files("length")) - {"full"}:
         assert compose(f"length={length}", "experiment=mine", search=mine).config["recipe"]["pretrain_steps"] == 0
@@ -322,7 +323,7 @@ def test_cdeq_mnist_is_the_papers_recipe_for_each_of_its_models():
     assert len(solves) == 1  # a claim about models, not solvers
     job = compose("experiment=cdeq_mnist", "length=smoke", "recipe.lr=1e-2", "network=mdeq_small", "model=skip_deq",
                   "dataset=digits", "protocol.skip_weight=5")  # fmt: skip
-    assert (job.config["recipe"]["max_steps"], job.config["recipe"]["lr"]) == (50, 1e-2)
+    assert (job.config["recipe"]["max_steps"], job.config["recipe"]["lr"]) == (100, 1e-2)
     assert (job.choices["network"], job.choices["dataset"]) == ("mdeq_small", "digits")
     assert job.config["penalty"]["skip"]["weight"] == 5
     assert compose("experiment=cdeq_mnist", "model=skip_deq", "penalty.skip.weight=2").config["penalty"]["skip"] == {
@@ -372,7 +373,7 @@ def test_an_experiment_of_the_first_paper_has_its_numbers(name):
     for val_size in (job.config["dataset"]["val_size"], 0):  # under sound, and as the paper
         assert made.total_steps(images - val_size) == steps
     smoke = compose(f"experiment={name}", "length=smoke").config["recipe"]
-    assert config.make(smoke, "recipe").total_steps(images) == 50
+    assert config.make(smoke, "recipe").total_steps(images) == 100
     short = config.make(compose(f"experiment={name}", "length=short").config["recipe"], "recipe")
     assert short.total_steps(images) == 3 * short.steps_an_epoch(images) < 70_000
 
