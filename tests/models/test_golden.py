@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import close
+from problems import close, f64
 
 from implicit_bench import config
 from implicit_bench.adjoints import Unroll
@@ -63,4 +63,4 @@ def test_a_network_computes_what_it_did(case):
     name, *chosen = case.split()
     side = 32 if name in ("mdeq_large", "mdeq_imagenet") else 16
     shape = (1, 28, 28) if name in ("dense", "mdeq_mnist") else (3, side, side)
-    close(logits(name, shape, **dict(word.split("=") for word in chosen)), torch.tensor(GOLDEN[case]).double(), 1e-8)
+    close(logits(name, shape, **dict(word.split("=") for word in chosen)), f64(GOLDEN[case]), 1e-8)
