@@ -324,7 +324,8 @@ def gradient(args: argparse.Namespace) -> Rows:
                 own = gradient_of([*words, *rule], kept[at], args)
                 got = gradient_of([*words, *fine, *rule], kept[at], args) if fine else own
                 log = own.out.backward
-                most = [None if a is None or model != "cdeq" else float(a.max()) for a in (log.iterations, log.rhs_norm)]
+                linear = (log.iterations, log.rhs_norm) if model == "cdeq" else (None, None)
+                most = [None if a is None else float(a.max()) for a in linear]
                 rows.append({"label": f"`{model}`, step {at}: {label}", **against(got, exact),
                              "as_set": against(own, through), "gmres": most[0], "rhs_norm": most[1], "vjps": log.vjps,
                              "residual": float(own.out.solution.stats.residual.max())})  # fmt: skip
@@ -348,6 +349,8 @@ def figure(key: str, row: dict[str, Any]) -> str:
         return "–"
     if isinstance(value, dict):
         return ", ".join(f"{name} {count}" for name, count in value.items()) or "–"
+    if key.endswith("cosine"):
+        return f"{value:.3f}"
     return share(value) if key.endswith("acc") else f"{value:.0%}" if key == "converged" else number(value, 2)
 
 
