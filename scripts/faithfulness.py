@@ -396,7 +396,8 @@ SECTIONS = {
         "GMRES": partial(figure, "gmres"), "\\|b\\|": partial(figure, "rhs_norm"),
         "residual": partial(figure, "residual")}),
 }  # fmt: skip
-SIZES = ("homo_steps", "mdeq_steps", "dense_steps", "images", "field_images", "iterations", "path_steps", "rounds", "threads")
+SIZES = ("homo_steps", "mdeq_steps", "dense_steps", "images", "field_images", "iterations", "path_steps", "rounds",
+         "threads")  # fmt: skip
 USED = {"start": ("homo_steps", "images"), "head": ("mdeq_steps", "dense_steps", "images"),
         "converged": ("mdeq_steps",), "equilibrium": ("homo_steps", "field_images", "iterations", "path_steps"),
         "zero": ("homo_steps", "mdeq_steps", "rounds", "threads"),
