@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo readme bench-solvers choosing docs test lint clean
+.PHONY: help setup demo readme bench-solvers choosing faithfulness docs test lint clean
 help:             ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
@@ -24,6 +24,9 @@ bench-solvers: setup  ## solvers and train steps against their floor, torchdeq a
 
 choosing: setup   ## the figures of docs/choosing.md, about ten minutes
 	@$(PY) scripts/choosing.py
+
+faithfulness: setup   ## the measured tables of docs/faithfulness.md, about forty minutes
+	@$(PY) scripts/faithfulness.py
 
 docs: setup       ## the pages as a site, in site/
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "wrote   site/index.html"
