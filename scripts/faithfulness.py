@@ -5,7 +5,7 @@ usage: python scripts/faithfulness.py [start|equilibrium|head|zero|converged|gra
                                       [--page FILE] [--results DIR] [--runs DIR] [key=value ...]
 
 Rewrites the tables between the page's marks, and keeps the figures as results/<hardware>/faithfulness.json. Sections
-share their models, whose weights at the first step, at a third and at the last are kept under --runs and not trained
+share their models, whose weights at the first step, at a fifth and at the last are kept under --runs and not trained
 again; times are taken anew. --render only writes the page, from that file.
 """
 
@@ -75,7 +75,7 @@ def stream(row: Row) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def trained(words: list[str], args: argparse.Namespace) -> tuple[Row, dict[int, Weights]]:
-    """The model with its last weights, and those at step 0, a third of the steps and the last, of one schedule."""
+    """The model with its last weights, and those at step 0, a fifth of the steps and the last, of one schedule."""
     row = row_of(words, args)
     total = row.recipe.max_steps
     file = args.runs / f"{row.name}-{record.run_id(row.job.config)}.pt"
@@ -85,7 +85,7 @@ def trained(words: list[str], args: argparse.Namespace) -> tuple[Row, dict[int, 
         began, weights = time.perf_counter(), {0: copy.deepcopy(row.model.state_dict())}
         for k, (x, y) in zip(range(1, total + 1), stream(row)):
             row.step(row.device.images(x), y)
-            if k in (total // 3, total):
+            if k in (total // 5, total):
                 weights[k] = copy.deepcopy(row.model.state_dict())
         args.runs.mkdir(parents=True, exist_ok=True)
         torch.save((weights, row.step.nonfinite), file)

@@ -11,7 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .cells import UntiedCell
-from .mdeq import Scales
+from .mdeq import GroupNorm, Scales
 
 Inject = Literal["field", "start", "state", "frozen"]
 
@@ -89,7 +89,7 @@ class HomoField(nn.Module):
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.first, self.second = (nn.Conv2d(width, width, 3, 1, 1) for _ in range(2))
-        self.inner, self.outer = (nn.GroupNorm(groups, width) for _ in range(2))
+        self.inner, self.outer = (GroupNorm(groups, width) for _ in range(2))
 
     def forward(self, z: Tensor, x: Tensor | None, mask: Tensor | None) -> Tensor:
         a = nnf.relu_(self.inner(self.first(z)))

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .cells import UntiedCell
 
@@ -133,7 +134,7 @@ class Style(NamedTuple):
     def normed(self, channels: int, running: bool = False) -> nn.Module:
         """`running`: with batch norm, running statistics in evaluation."""
         if self.norm == "group":
-            return nn.GroupNorm(math.gcd(8, channels), channels)
+            return GroupNorm(math.gcd(8, channels), channels)
         return nn.BatchNorm2d(channels, track_running_stats=running)
 
     def conv(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1, bias: bool = False,
@@ -149,6 +150,13 @@ class Style(NamedTuple):
 
     def up(self, c_in: int, c_out: int, times: int) -> nn.Sequential:
         return nn.Sequential(*self.conv(c_in, c_out), nn.Upsample(scale_factor=2**times))
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, which in forward-mode differentiation (solver=homotopy) takes no channels-last tensor."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        return super().forward(a if forward_ad.unpack_dual(a).tangent is None else a.contiguous())
 
 
 class Conv(nn.Conv2d):

@@ -477,9 +477,10 @@ def test_channels_last_is_the_same_function():
         close(a.grad, b.grad, 1e-5 * float(1 + a.grad.abs().max()))
 
 
-def test_it_can_be_compiled_whole():
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_it_can_be_compiled_whole(norm):
     """aot_eager: traced, functionalised and differentiated ahead of time, without a C++ compiler."""
-    net = network(dropout=0.2)
+    net = network(dropout=0.2, norm=norm)
     z, x = inputs(net)
     z.requires_grad_()
     ctx, v = net.cell.begin(x), random(3, net.cell.size, seed=6)
@@ -490,6 +491,20 @@ def test_it_can_be_compiled_whole():
     wanted = torch.autograd.grad(eager, z, v)[0]
     for _ in range(2):
         close(torch.autograd.grad(out, z, v, retain_graph=True)[0], wanted, 1e-11)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_derivative_that_homotopy_takes_is_there_in_any_layout(norm):
+    net = network(norm=norm, dropout=0.0)
+    z, x = inputs(net)
+    v, found = random(3, net.cell.size, seed=6), []
+    for last in (False, True):
+        if last:
+            net.to(memory_format=torch.channels_last)
+            z, v = net.scales.from_channels(z), net.scales.from_channels(v)
+        ctx = net.cell.begin(x)
+        found.append(torch.func.jvp(lambda z, ctx=ctx: net.cell(z, ctx, None), (z,), (v,))[1].detach())
+    close(net.scales.by_channel(found[1]), found[0], 1e-10)
 
 
 def test_untied_cells_and_a_start_at_f_of_zero():
