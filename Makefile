@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo readme bench-solvers choosing faithfulness docs test lint clean
+.PHONY: help setup demo readme bench-solvers choosing faithfulness docs smoke test lint clean
 help:             ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
@@ -30,6 +30,9 @@ faithfulness: setup   ## the measured tables of docs/faithfulness.md, about fort
 
 docs: setup       ## the pages as a site, in site/
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "wrote   site/index.html"
+
+smoke: setup      ## length=smoke of the experiments on real images, three seeds each: does the loss fall?
+	@$(PY) scripts/smoke.py
 
 test: setup       ## the whole test suite
 	@$(PY) -m pytest -n auto --maxprocesses 4
