@@ -1,9 +1,9 @@
-"""Does every experiment learn? length=smoke of each on real images: the mean loss of the last fifth of the steps over
-the first fifth's, which must have fallen by a tenth.
+"""Does every experiment learn? length=smoke of each on real images; the mean loss of the last fifth of the steps must
+be less than nine tenths of the first fifth's.
 
 usage: python scripts/smoke.py [experiment ...] [--seeds 3] [--runs DIR] [--data DIR] [key=value ...]
 
-Without names, those whose data sets can be fetched here and whose step is affordable on a CPU. Exit code 1 if one fails.
+Without names: those whose data can be fetched everywhere and whose steps a CPU can afford. Exit code 1 if one fails.
 """
 
 from __future__ import annotations
