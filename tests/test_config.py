@@ -199,7 +199,7 @@ def identity(*words):
         ("model=deq stop.tol=0.010", "model=deq"),
         ("model=deq protocol.tol=1e-3", "model=deq stop.tol=1e-3"),
         ("length=short", "recipe.epochs=3"),
-        ("length=smoke", "recipe.epochs=1 recipe.max_steps=100 recipe.batch=16 recipe.eval_images=200 "
+        ("length=smoke", "recipe.epochs=1 recipe.max_steps=100 recipe.batch=32 recipe.eval_images=200 "
          "recipe.schedule=constant"),
         ("logger=none paths.runs=x paths.data=y force=true progress.log_steps=7 loader.workers=3", "seed=0"),
     ],
@@ -296,7 +296,7 @@ def test_a_tune_file_of_experiment_and_protocol_wins_over_both(mine):
 def test_length_wins_over_every_recipe_number_and_the_command_line_over_length(mine):
     assert compose("length=smoke").config["recipe"]["epochs"] == 1
     job = compose("experiment=mine", "protocol=strict", "length=smoke", search=mine).config["recipe"]
-    assert (job["epochs"], job["max_steps"], job["batch"]) == (1, 100, 16)
+    assert (job["epochs"], job["max_steps"], job["batch"]) == (1, 100, 32)
     assert compose("length=smoke", "recipe.epochs=4", "recipe.max_steps=null").config["recipe"]["epochs"] == 4
     for length in set(files("length")) - {"full"}:
         assert compose(f"length={length}", "experiment=mine", search=mine).config["recipe"]["pretrain_steps"] == 0

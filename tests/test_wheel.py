@@ -57,5 +57,5 @@ def test_installed_elsewhere_it_trains(wheel, tmp_path):
     assert "\ntest    accuracy " in out
     (folder,) = (cwd / "runs").iterdir()
     rec = read_record(folder)
-    assert (rec["status"], rec["steps"], rec["length"]) == ("done", 78, "smoke")
+    assert (rec["status"], rec["steps"], rec["length"]) == ("done", 39, "smoke")
     assert [path.name for path in cwd.iterdir()] == ["runs"]

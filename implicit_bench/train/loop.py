@@ -219,9 +219,9 @@ class Fit:
     def _warn_if_long(self, step_s: float, say: Callable[[str], None]) -> None:
         left = step_s * (self.total - self.step.taken)
         if left > 3600:
-            short, smoke = step_s * 3 * self.steps_an_epoch, step_s * 100 * 16 / self.recipe.batch
+            short, smoke = step_s * 3 * self.steps_an_epoch, step_s * 100 * 32 / self.recipe.batch
             say(f"about {duration(left)} on this machine at {number(step_s * 1e3)} ms a step; length=short trains 3 "
-                f"epochs in {duration(short)}, length=smoke 100 steps of 16 images in {duration(smoke)}")  # fmt: skip
+                f"epochs in {duration(short)}, length=smoke 100 steps of 32 images in {duration(smoke)}")  # fmt: skip
 
 
 def _named(means: Mapping[str, float]) -> dict[str, float]:

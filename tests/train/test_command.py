@@ -228,7 +228,7 @@ def test_an_hour_is_announced_after_ten_steps(tmp_path, capsys):
     said = []
     fit._warn_if_long(1.0, said.append)
     assert "about 27.8 h on this machine" in said[0]
-    assert "length=short trains 3 epochs in 50 min, length=smoke 100 steps of 16 images in 25 s" in said[0]
+    assert "length=short trains 3 epochs in 50 min, length=smoke 100 steps of 32 images in 50 s" in said[0]
 
 
 def test_dtype_float64_trains_in_float64(tmp_path):
