@@ -71,6 +71,13 @@ def test_the_data_mean_is_a_running_mean_of_the_solutions_of_training():
     assert set(layer.init.state_dict()) == {"mean", "batches"}
 
 
+def test_a_batch_that_is_not_finite_does_not_spoil_the_data_mean():
+    start = DataMean(network(TanhCell()))
+    for value in (torch.nan, 1.0, torch.inf, 3.0):
+        start.observe(torch.tensor([[value, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
+    assert start.mean.tolist() == [1.5, 1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(("settings", "sentence"), [
     ((Shared, {"lr": 0}), "init.lr=0 must be positive, and init.every=20 at least 1"),
     ((Shared, {"every": 0}), "init.lr=0.04 must be positive, and init.every=0 at least 1"),
