@@ -108,6 +108,8 @@ class Backsolve(Adjoint):
             share = 1 - torch.stack(times)[:, 0] / reached[0]
             stops = [*sorted({t1 * float(s) for s in share if s < 1}), t1]
             solver = copy(solver)
+            for watched in ("init", "step"):  # by a penalty, in the forward; bound to a solver that knows no `first`
+                vars(solver).pop(watched, None)
             solver.first = t1
         log.iterations, log.status = torch.zeros_like(solution.status), torch.zeros_like(solution.status)
         for began, end in pairwise(stops):

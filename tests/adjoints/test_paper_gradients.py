@@ -78,6 +78,18 @@ def test_a_restart_at_each_accepted_time_costs_four_evaluations():
             assert out.backward.vjps < 2.5 * accepted
 
 
+def test_restarts_cost_the_same_where_a_penalty_watches_the_forward():
+    counts = []
+    for keeps in (False, True):
+        layer = layer_of(Backsolve(restarts=True), Vcab3(1e-4, 1e-4))
+        layer.keep_iterates = keeps
+        out = layer(X.clone().requires_grad_())
+        (out.z * G).sum().backward()
+        assert len(out.iterates) == keeps * (1 + int(out.solution.stats.steps[0]))
+        counts.append(out.backward.vjps)
+    assert counts[0] == counts[1]
+
+
 def test_restarts_take_the_time_into_account():
     """A field that depends on time, integrated back in pieces."""
     w = f64(0.8).requires_grad_()
