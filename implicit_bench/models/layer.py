@@ -90,7 +90,7 @@ class ImplicitLayer(nn.Module):
             adjoint = copy(adjoint)
             adjoint.through_start = True
         self.solver, self.stop, self.adjoint = solver, stop, adjoint
-        self._direct: tuple[list[str], list[str], list[bool]] | None = None
+        self._direct: tuple[Any, list[str], list[bool]] | None = None
         self._check()
         wanted = getattr(stop, "per_sample", "auto")
         if wanted is True and not cell.batch_independent:
@@ -171,7 +171,8 @@ class ImplicitLayer(nn.Module):
         _map(ctx, found.append)
         context = [c for c in found if c.requires_grad]
         named = {n: p for n, p in self.cell.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
-        if self._direct is None or self._direct[0] != list(named):  # asked once, and again when some are frozen
+        asked = list(named), x.requires_grad, len(context)
+        if self._direct is None or self._direct[0] != asked:  # asked once, and again when some are frozen
             probe = self.cell(z.detach(), _map(ctx, Tensor.detach), z.new_zeros(len(z)))
             direct, through = _used([probe], named), _used(context, named)
             if both := [name for name in direct if name in through]:
@@ -180,7 +181,7 @@ class ImplicitLayer(nn.Module):
                     "begin and by forward; let begin return it in the context"
                 )
             one_step = getattr(self.adjoint, "x_gradient", "exact") == "one_step" and x.requires_grad
-            self._direct = list(named), list(direct), [not (one_step and _used([c], {"x": x})) for c in context]
+            self._direct = asked, list(direct), [not (one_step and _used([c], {"x": x})) for c in context]
         names, kept = self._direct[1:]
         return [*(named[name] for name in names), *(c for c, keep in zip(context, kept) if keep)]
 
