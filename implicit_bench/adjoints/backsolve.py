@@ -60,8 +60,7 @@ class Backsolve(Adjoint):
             return self._foreign(F, z0 if self.through_start else z0.detach(), forward, wrt, log)
         times: list[Tensor] = []
         if self.restarts:
-            if forward.reduce.per_sample:
-                raise ValueError("adjoint.restarts=true needs one step size for the batch; use stop.per_sample=false")
+            assert not forward.reduce.per_sample
             forward = replace(forward, solver=_recording(solver, times))
         solution = forward.untracked(F, z0)
         kind, t1 = z0.device.type, forward.stop.t1

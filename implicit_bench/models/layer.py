@@ -100,6 +100,8 @@ class ImplicitLayer(nn.Module):
             raise ValueError(f"stop.per_sample=true is for our own solvers: solver={called(solver)} takes one "
                              "step size for the whole batch; use solver=tsit5 or stop.per_sample=auto")  # fmt: skip
         self.reduce = Reduce(cell.batch_independent if wanted == "auto" else bool(wanted))
+        if self.reduce.per_sample and getattr(adjoint, "restarts", False):
+            raise ValueError("adjoint.restarts=true needs one step size for the batch; use stop.per_sample=false")
 
     def forward(self, x: Tensor) -> LayerOutput:
         out = self._run(x, self.solver, self.stop, self.adjoint, self.field)

@@ -116,9 +116,8 @@ def test_restarts_take_the_time_into_account():
 
 def test_restarts_need_one_clock_and_our_own_loop():
     cell = TanhCell()
-    layer = ImplicitLayer(cell, Zero(network(cell)), Tsit5(), EndTime(), Backsolve(restarts=True), "ode")
     with pytest.raises(ValueError, match=r"^adjoint.restarts=true needs one step size for the batch; use stop.per_s"):
-        layer(X)
+        ImplicitLayer(cell, Zero(network(cell)), Tsit5(), EndTime(), Backsolve(restarts=True), "ode")
     with pytest.raises(ValueError, match=r"^adjoint.restarts=true is for our own solvers, but solver=torchdiffeq/dop"):
         layer_of(Backsolve(restarts=True), TorchDiffeq())
 
