@@ -197,6 +197,13 @@ class ImplicitLayer(nn.Module):
             if self.stop.needs_equilibrium and not isinstance(self.stop, FixedSteps):
                 raise ValueError(f"the cell does not see x, so that stop={called(self.stop)} would find one fixed "
                                  "point for all; use model=neural_ode, or network=homo_conv")  # fmt: skip
+            if self.adjoint.needs_equilibrium and not is_ode:
+                raise ValueError(f"the cell sees x in its start alone, to which adjoint={called(self.adjoint)} sends "
+                                 "no gradient; use adjoint=unroll")  # fmt: skip
+        elif (is_ode and not self.last_call and not getattr(self.init, "through", False)
+                and getattr(self.adjoint, "x_gradient", "exact") == "one_step"):  # fmt: skip
+            raise ValueError("adjoint.x_gradient=one_step leaves the stem the last f alone, which field=ode does not "
+                             "apply; use field=ode_then_f or adjoint.x_gradient=exact")  # fmt: skip
         if is_ode and self.stop.needs_equilibrium:
             raise ValueError(f"stop={called(self.stop)} looks for f(z) = z, but field=ode has no equilibrium "
                              "meaning; use stop=end_time or field=equilibrium")  # fmt: skip
@@ -260,10 +267,10 @@ class _Kept:
 
 
 def called(part: Any) -> str:
-    """The name that a part has on the command line: EndTime is end_time."""
+    """The name that a part has on the command line: EndTime is end_time, FZero f_zero."""
     if isinstance(part, OwnLoop) and hasattr(part, "method"):
         return f"torchdiffeq/{part.method}"
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(part).__name__).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(part).__name__).lower()
 
 
 def _used(outputs: list[Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:

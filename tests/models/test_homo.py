@@ -12,6 +12,7 @@ from implicit_bench.core import EndTime, FixedSteps, Residual
 from implicit_bench.models import (
     Alternating,
     Classifier,
+    FZero,
     HomoConv,
     ImplicitLayer,
     InitFit,
@@ -275,6 +276,10 @@ def test_a_cell_that_does_not_see_x_wants_a_start_that_does():
         model_of(net, Zero)
     with pytest.raises(ValueError, match=r"^the cell does not see x, so that stop=residual would find one "):
         model_of(net, Stem, Anderson(), IFT(), "equilibrium", Residual())
+    with pytest.raises(ValueError, match=r"^the cell sees x in its start alone, to which adjoint=ift sends no gradie"):
+        model_of(net, Stem, Picard(), IFT(), "equilibrium", FixedSteps(3))
+    with pytest.raises(ValueError, match=r"^the cell does not see x, and init=f_zero does not either"):
+        model_of(net, FZero)
     model_of(net, Stem, Picard(), Unroll(), "equilibrium", FixedSteps(3))(IMAGES)
     with pytest.raises(ValueError, match=r"^init=stem has 128 numbers a sample, but the state 256; use init="):
         model_of(small(inject="state"), Stem)(IMAGES)
