@@ -92,6 +92,7 @@ def test_an_impossible_setting_is_refused_in_a_sentence(settings, sentence):
 def test_the_shared_start_moves_by_its_own_sgd_every_few_steps(tmp_path):
     step = step_of(tmp_path, "model=homo_ode", "init.lr=50.0", "init.every=3", "recipe.optimizer=adam")
     point, moved = step.model.layer.init.point, []
+    assert step.stateful == [step.optimizer, step.schedule, *step.start]  # what a checkpoint holds
     assert not any(p is point for group in step.optimizer.param_groups for p in group["params"])
     for k in range(7):
         before = point.detach().clone()
