@@ -61,6 +61,15 @@ def test_our_own_networks_pass(name):
     assert not failed(testing.check_network(made("network", name, shape=(1, 8, 8), classes=10), (1, 8, 8), 10))
 
 
+@pytest.mark.parametrize(("name", "inject"), [("homo_conv", "state"), ("homo_conv", "frozen"), ("node_conv", "state")])
+def test_networks_that_see_x_in_their_start_alone_pass(name, inject):
+    net = made("network", name, shape=(1, 8, 8), classes=10, inject=inject)
+    results = {result.name: result for result in testing.check_network(net, (1, 8, 8), 10)}
+    assert all(result.passed for result in results.values())
+    assert "no predictor()" in results["shapes"].sentence
+    assert "no fixed point" in results["equilibrium"].sentence
+
+
 def test_a_solver_is_asked_for_what_it_says_it_can_do():
     path = type("Path", (Picard,), {"has_time": True, "needs_map": True})  # as homotopy, whose t is no time
     adaptive = Tsit5(1e-5, 1e-6)

@@ -60,8 +60,7 @@ class Backsolve(Adjoint):
             return self._foreign(F, z0 if self.through_start else z0.detach(), forward, wrt, log)
         times: list[Tensor] = []
         if self.restarts:
-            if forward.reduce.per_sample:
-                raise ValueError("adjoint.restarts=true needs one step size for the batch; use stop.per_sample=false")
+            assert not forward.reduce.per_sample
             forward = replace(forward, solver=_recording(solver, times))
         solution = forward.untracked(F, z0)
         kind, t1 = z0.device.type, forward.stop.t1
@@ -108,6 +107,8 @@ class Backsolve(Adjoint):
             share = 1 - torch.stack(times)[:, 0] / reached[0]
             stops = [*sorted({t1 * float(s) for s in share if s < 1}), t1]
             solver = copy(solver)
+            for watched in ("init", "step"):  # by a penalty, in the forward; bound to a solver that knows no `first`
+                vars(solver).pop(watched, None)
             solver.first = t1
         log.iterations, log.status = torch.zeros_like(solution.status), torch.zeros_like(solution.status)
         for began, end in pairwise(stops):

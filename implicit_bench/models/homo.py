@@ -156,7 +156,18 @@ class NodeConv(nn.Module):
         self.stem = nn.Identity()
         cells = [NodeCell(self.scales, filters) for _ in range(untied or 1)]
         self.cell = UntiedCell(cells) if untied else cells[0]
-        self.head = nn.Linear(self.scales.size, classes)
+        self.head = nn.Sequential(ByChannel(self.scales), nn.Linear(self.scales.size, classes))
+
+
+class ByChannel(nn.Module):
+    """z (B, size) -> each branch as C, H, W, so that a linear map has one meaning in any layout."""
+
+    def __init__(self, scales: Scales):
+        super().__init__()
+        self.scales = scales
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.scales.by_channel(z)
 
 
 class NodeCell(nn.Module):

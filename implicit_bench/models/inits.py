@@ -151,9 +151,11 @@ class DataMean(nn.Module):
     def observe(self, z: Tensor) -> None:
         mean = z.mean(0, keepdim=True)
         mean = mean if self.scales is None else self.scales.by_channel(mean)
-        self.batches += 1
-        share = 1 / self.batches.clamp_max(self.window).to(self.mean.dtype)
-        self.mean = self.mean.lerp(mean[0].to(self.mean.dtype), share)  # not in place: the start is a view of it
+        finite = mean.isfinite().all()  # else recipe.on_nonfinite=skip_step would never get out of one bad batch
+        self.batches += finite
+        share = 1 / self.batches.clamp(1, self.window).to(self.mean.dtype)
+        new = self.mean.lerp(mean[0].to(self.mean.dtype), share)
+        self.mean = torch.where(finite, new, self.mean)  # not in place: the start is a view of it
 
     def forward(self, x: Tensor, f: Field) -> Tensor:
         z = self.mean.unsqueeze(0)

@@ -90,7 +90,7 @@ class ImplicitLayer(nn.Module):
             adjoint = copy(adjoint)
             adjoint.through_start = True
         self.solver, self.stop, self.adjoint = solver, stop, adjoint
-        self._direct: tuple[list[str], list[str], list[bool]] | None = None
+        self._direct: tuple[Any, list[str], list[bool]] | None = None
         self._check()
         wanted = getattr(stop, "per_sample", "auto")
         if wanted is True and not cell.batch_independent:
@@ -100,6 +100,8 @@ class ImplicitLayer(nn.Module):
             raise ValueError(f"stop.per_sample=true is for our own solvers: solver={called(solver)} takes one "
                              "step size for the whole batch; use solver=tsit5 or stop.per_sample=auto")  # fmt: skip
         self.reduce = Reduce(cell.batch_independent if wanted == "auto" else bool(wanted))
+        if self.reduce.per_sample and getattr(adjoint, "restarts", False):
+            raise ValueError("adjoint.restarts=true needs one step size for the batch; use stop.per_sample=false")
 
     def forward(self, x: Tensor) -> LayerOutput:
         out = self._run(x, self.solver, self.stop, self.adjoint, self.field)
@@ -171,7 +173,8 @@ class ImplicitLayer(nn.Module):
         _map(ctx, found.append)
         context = [c for c in found if c.requires_grad]
         named = {n: p for n, p in self.cell.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
-        if self._direct is None or self._direct[0] != list(named):  # asked once, and again when some are frozen
+        asked = list(named), x.requires_grad, len(context)
+        if self._direct is None or self._direct[0] != asked:  # asked once, and again when some are frozen
             probe = self.cell(z.detach(), _map(ctx, Tensor.detach), z.new_zeros(len(z)))
             direct, through = _used([probe], named), _used(context, named)
             if both := [name for name in direct if name in through]:
@@ -180,7 +183,7 @@ class ImplicitLayer(nn.Module):
                     "begin and by forward; let begin return it in the context"
                 )
             one_step = getattr(self.adjoint, "x_gradient", "exact") == "one_step" and x.requires_grad
-            self._direct = list(named), list(direct), [not (one_step and _used([c], {"x": x})) for c in context]
+            self._direct = asked, list(direct), [not (one_step and _used([c], {"x": x})) for c in context]
         names, kept = self._direct[1:]
         return [*(named[name] for name in names), *(c for c, keep in zip(context, kept) if keep)]
 
@@ -194,6 +197,13 @@ class ImplicitLayer(nn.Module):
             if self.stop.needs_equilibrium and not isinstance(self.stop, FixedSteps):
                 raise ValueError(f"the cell does not see x, so that stop={called(self.stop)} would find one fixed "
                                  "point for all; use model=neural_ode, or network=homo_conv")  # fmt: skip
+            if self.adjoint.needs_equilibrium and not is_ode:
+                raise ValueError(f"the cell sees x in its start alone, to which adjoint={called(self.adjoint)} sends "
+                                 "no gradient; use adjoint=unroll")  # fmt: skip
+        elif (is_ode and not self.last_call and not getattr(self.init, "through", False)
+                and getattr(self.adjoint, "x_gradient", "exact") == "one_step"):  # fmt: skip
+            raise ValueError("adjoint.x_gradient=one_step leaves the stem the last f alone, which field=ode does not "
+                             "apply; use field=ode_then_f or adjoint.x_gradient=exact")  # fmt: skip
         if is_ode and self.stop.needs_equilibrium:
             raise ValueError(f"stop={called(self.stop)} looks for f(z) = z, but field=ode has no equilibrium "
                              "meaning; use stop=end_time or field=equilibrium")  # fmt: skip
@@ -257,10 +267,10 @@ class _Kept:
 
 
 def called(part: Any) -> str:
-    """The name that a part has on the command line: EndTime is end_time."""
+    """The name that a part has on the command line: EndTime is end_time, FZero f_zero."""
     if isinstance(part, OwnLoop) and hasattr(part, "method"):
         return f"torchdiffeq/{part.method}"
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(part).__name__).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(part).__name__).lower()
 
 
 def _used(outputs: list[Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:

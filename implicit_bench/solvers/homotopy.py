@@ -63,7 +63,7 @@ class Homotopy(Solver):
         return state._replace(mem=Path(z0, min(t1, 1.0), torch.full_like(reduce.norm(z0), self.first_step)))
 
     def step(self, F: Field, state: State, reduce: Reduce) -> State:
-        z, (a, end, dlam) = state.z, state.mem
+        z, (a, end, dlam) = state.z.contiguous(), state.mem  # a start that all rows share is one row in memory
         zero, lam = torch.zeros_like(state.t), state.t.unsqueeze(1)  # the map itself knows no lam
         goal = torch.where(dlam >= end - lam, end, lam + dlam)
         Fz = state.F

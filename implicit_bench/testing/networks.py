@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..adjoints import Unroll
 from ..core import FixedSteps, Residual, Status
-from ..models import Classifier, ImplicitLayer, SkipNet, UntiedCell, Zero
+from ..models import Classifier, ImplicitLayer, SkipNet, StemZeros, UntiedCell, Zero
 from ..solvers import Anderson, Picard
 from .kit import Result, check, require
 
@@ -22,6 +22,7 @@ class Probe:
         for part in (self.network.stem, self.network.cell, self.network.head):
             part.double()
         self.cell = self.network.cell
+        self.injects: bool = getattr(self.cell, "injects", True)  # does f see x?
 
     @cached_property
     def images(self) -> Tensor:
@@ -50,12 +51,14 @@ class Probe:
 @check
 def shapes(p: Probe) -> str:
     size, net = (4, p.cell.size), p.network
-    require(hasattr(net, "predictor"), "it has no predictor(), the Module from x to z0 (B, D) for init=skip_net")
-    for what, got, wanted in (("cell", p.f(p.z, p.x), size), ("head", net.head(p.z), (4, p.classes)),
-                              ("predictor", net.predictor().double()(p.x).flatten(1), size)):  # fmt: skip
+    found = [("cell", p.f(p.z, p.x), size), ("head", net.head(p.z), (4, p.classes))]
+    if hasattr(net, "predictor"):
+        found.append(("predictor", net.predictor().double()(p.x).flatten(1), size))
+    for what, got, wanted in found:
         require(got.shape == wanted, f"the {what} puts out {tuple(got.shape)}, not {wanted}")
         require(got.dtype == torch.float64, f"the {what} of a float64 network puts out {got.dtype}")
-    return f"{' x '.join(map(str, p.shape))} images, {p.cell.size} numbers of state a sample, {p.classes} logits"
+    told = f"{' x '.join(map(str, p.shape))} images, {p.cell.size} numbers of state a sample, {p.classes} logits"
+    return told if len(found) == 3 else f"{told}; no predictor(), so that init=skip_net is not for it"
 
 
 @check
@@ -89,7 +92,8 @@ def independence(p: Probe) -> str:
 
 @check
 def gradient(p: Probe) -> str:
-    model = p.model(SkipNet, Picard(), FixedSteps(3), Unroll())
+    init = StemZeros if not p.injects else SkipNet if hasattr(p.network, "predictor") else Zero
+    model = p.model(init, Picard(), FixedSteps(3), Unroll())
     out = model(p.images)
     (out.logits.square().mean() + (out.layer.z - out.layer.start).square().mean()).backward()
     named = {name: w for name, w in model.named_parameters() if w.requires_grad}
@@ -114,6 +118,8 @@ def derivative(p: Probe) -> str:
 @check
 def equilibrium(p: Probe) -> str:
     """Reported, not asked for: a neural ODE's network needs no fixed point."""
+    if not p.injects:
+        return "for information: f does not see x, so that it has no fixed point of an image"
     layer = p.model(Zero, Anderson(), Residual(1e-4, max_steps=100), Unroll()).layer
     with torch.no_grad():
         s = layer(p.x).solution

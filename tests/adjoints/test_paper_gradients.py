@@ -20,6 +20,17 @@ def layer_of(adjoint, solver, field="ode", init=Zero, t1=1.0):
     return ImplicitLayer(cell, init(network(cell)), solver, EndTime(t1, per_sample=False), adjoint, field)
 
 
+class TwoContexts(TanhCell):
+    """Its context: of x alone, and of parameters alone."""
+
+    def begin(self, x):
+        return x, self.U * 1, self.b * 1
+
+    def forward(self, z, ctx, t):
+        x, U, b = ctx
+        return torch.tanh(z @ self.W + x @ U + b)
+
+
 def gradients(*settings, **more):
     x = X.clone().requires_grad_()
     layer = layer_of(*settings, **more)
@@ -78,6 +89,18 @@ def test_a_restart_at_each_accepted_time_costs_four_evaluations():
             assert out.backward.vjps < 2.5 * accepted
 
 
+def test_restarts_cost_the_same_where_a_penalty_watches_the_forward():
+    counts = []
+    for keeps in (False, True):
+        layer = layer_of(Backsolve(restarts=True), Vcab3(1e-4, 1e-4))
+        layer.keep_iterates = keeps
+        out = layer(X.clone().requires_grad_())
+        (out.z * G).sum().backward()
+        assert len(out.iterates) == keeps * (1 + int(out.solution.stats.steps[0]))
+        counts.append(out.backward.vjps)
+    assert counts[0] == counts[1]
+
+
 def test_restarts_take_the_time_into_account():
     """A field that depends on time, integrated back in pieces."""
     w = f64(0.8).requires_grad_()
@@ -93,9 +116,8 @@ def test_restarts_take_the_time_into_account():
 
 def test_restarts_need_one_clock_and_our_own_loop():
     cell = TanhCell()
-    layer = ImplicitLayer(cell, Zero(network(cell)), Tsit5(), EndTime(), Backsolve(restarts=True), "ode")
     with pytest.raises(ValueError, match=r"^adjoint.restarts=true needs one step size for the batch; use stop.per_s"):
-        layer(X)
+        ImplicitLayer(cell, Zero(network(cell)), Tsit5(), EndTime(), Backsolve(restarts=True), "ode")
     with pytest.raises(ValueError, match=r"^adjoint.restarts=true is for our own solvers, but solver=torchdiffeq/dop"):
         layer_of(Backsolve(restarts=True), TorchDiffeq())
 
@@ -136,6 +158,23 @@ def test_one_step_to_x_is_the_last_f_alone(solver):
     assert not Backsolve(x_gradient="one_step").exact
     with pytest.raises(ValueError, match=r"^adjoint.x_gradient='none' must be exact or one_step"):
         Backsolve(x_gradient="none")
+    with pytest.raises(ValueError, match=r"^adjoint.x_gradient=one_step leaves the stem the last f alone, which field"):
+        layer_of(Backsolve(x_gradient="one_step"), TIGHT[solver])
+
+
+def test_one_step_to_an_x_whose_stem_is_frozen_later():
+    """What of the context is a constant of the solve is asked again."""
+    grads = []
+    for first in (True, False):
+        cell = TwoContexts()
+        layer = ImplicitLayer(cell, Zero(network(cell)), TIGHT["tsit5"], EndTime(per_sample=False),
+                              Backsolve(x_gradient="one_step"), "ode_then_f")  # fmt: skip
+        if first:
+            layer(X.clone().requires_grad_()).z.sum().backward()
+            cell.zero_grad()
+        grads.append(torch.autograd.grad((layer(X).z * G).sum(), list(cell.parameters())))
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
 
 
 def test_an_image_start_is_taught_whatever_the_context_is():

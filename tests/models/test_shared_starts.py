@@ -71,6 +71,13 @@ def test_the_data_mean_is_a_running_mean_of_the_solutions_of_training():
     assert set(layer.init.state_dict()) == {"mean", "batches"}
 
 
+def test_a_batch_that_is_not_finite_does_not_spoil_the_data_mean():
+    start = DataMean(network(TanhCell()))
+    for value in (torch.nan, 1.0, torch.inf, 3.0):
+        start.observe(torch.tensor([[value, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
+    assert start.mean.tolist() == [1.5, 1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(("settings", "sentence"), [
     ((Shared, {"lr": 0}), "init.lr=0 must be positive, and init.every=20 at least 1"),
     ((Shared, {"every": 0}), "init.lr=0.04 must be positive, and init.every=0 at least 1"),
@@ -85,6 +92,7 @@ def test_an_impossible_setting_is_refused_in_a_sentence(settings, sentence):
 def test_the_shared_start_moves_by_its_own_sgd_every_few_steps(tmp_path):
     step = step_of(tmp_path, "model=homo_ode", "init.lr=50.0", "init.every=3", "recipe.optimizer=adam")
     point, moved = step.model.layer.init.point, []
+    assert step.stateful == [step.optimizer, step.schedule, *step.start]  # what a checkpoint holds
     assert not any(p is point for group in step.optimizer.param_groups for p in group["params"])
     for k in range(7):
         before = point.detach().clone()

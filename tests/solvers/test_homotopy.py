@@ -247,6 +247,12 @@ def test_the_implicit_gradient_is_that_of_any_solver():
         close(ours, andersons, 1e-9)
 
 
+def test_a_start_that_all_rows_share_in_memory():
+    one = A[:1].clone()
+    shared, apart = (run(lambda z: torch.tanh(z @ W + CTX), z0) for z0 in (one.expand(3, -1), one.repeat(3, 1)))
+    assert torch.equal(shared.value, apart.value)
+
+
 def test_the_continuous_adjoint_is_refused():
     with pytest.raises(ValueError, match="solver=homotopy follows a path on which t is no time; use adjoint=ift"):
         ImplicitLayer(TanhCell(5), Zero(network(TanhCell(5))), Homotopy(), ONE, Backsolve())
