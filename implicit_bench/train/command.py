@@ -233,8 +233,11 @@ def _header(job: config.Composed, folder: Path, rec: dict[str, Any], counts: dic
     stop = rec["config"]["stop"]
     until = {"residual": f"to residual {stop.get('tol')}", "end_time": f"to t = {stop.get('t1')}",
              "fixed_steps": f"{stop.get('steps')} applications"}.get(c["stop"], c["stop"])  # fmt: skip
-    linear = rec["config"]["adjoint"].get("linear")
-    gradient = f"{c['adjoint']} ({linear})" if linear else c["adjoint"]
+    adjoint = rec["config"]["adjoint"]
+    means = [adjoint.get("linear"), "restarted: the paper's in cost" if adjoint.get("restarts") else None,
+             "frozen" if adjoint.get("frozen") else None]  # fmt: skip
+    said = ", ".join(word for word in means if word)
+    gradient = f"{c['adjoint']} ({said})" if said else c["adjoint"]
     how = f"z0 = {c['init']} → {c['solver']} {until} → gradient: {gradient} · {sum(counts.values()):,} parameters"
     say("train", f"{line}      run {folder.name}\n{how}")
 

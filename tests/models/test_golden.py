@@ -64,3 +64,17 @@ def test_a_network_computes_what_it_did(case):
     side = 32 if name in ("mdeq_large", "mdeq_imagenet") else 16
     shape = (1, 28, 28) if name in ("dense", "mdeq_mnist") else (3, side, side)
     close(logits(name, shape, **dict(word.split("=") for word in chosen)), f64(GOLDEN[case]), 1e-8)
+
+
+@pytest.mark.parametrize(("name", "model"), [
+    ("mdeq_mnist", "skip_cdeq"), ("homo_conv", "homo_ode"), ("node_conv", "anode"),
+])  # fmt: skip
+def test_a_seed_decides_every_bit(name, model):
+    """Weights, masks, solve and gradient of a training step, twice from the same words."""
+    job, grads = config.compose("train", [f"model={model}", f"network={name}", "dataset=mnist", "seed=3"]), []
+    for _ in range(2):
+        parts = config.build(job.config)
+        out = parts.model(torch.cos(torch.arange(2 * 784) * 0.1).view(2, 1, 28, 28))
+        (out.logits.square().sum() + out.layer.start.sum()).backward()
+        grads.append([out.logits.detach(), *(p.grad for p in parts.model.parameters())])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*grads))
