@@ -1,7 +1,7 @@
 """The measured tables of docs/faithfulness.md: what the papers' starts, stops and gradients do on small runs.
 
 usage: python scripts/faithfulness.py [start|equilibrium|head|zero|converged|gradient ...] [--homo-steps 300]
-                                      [--mdeq-steps 150] [--dense-steps 1000] [--images 1000] [--rounds 40] [--data DIR]
+                                      [--mdeq-steps 500] [--dense-steps 1000] [--images 1000] [--rounds 40] [--data DIR]
                                       [--page FILE] [--results DIR] [--runs DIR] [key=value ...]
 
 Rewrites the tables between the page's marks, and keeps the figures as results/<hardware>/faithfulness.json. Sections
@@ -430,7 +430,7 @@ def render(page: str, figures: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="sections, and overrides for every run")
-    for key, default in zip(SIZES, (300, 150, 1000, 1000, 64, 200, 40, 40, 2)):
+    for key, default in zip(SIZES, (300, 500, 1000, 1000, 64, 200, 40, 40, 2)):
         parser.add_argument(f"--{key.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--page", type=Path, default=ROOT / "docs/faithfulness.md")
