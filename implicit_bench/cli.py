@@ -106,7 +106,6 @@ def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[
     import hydra
     from hydra.errors import HydraException
 
-
     logging.raiseExceptions = False  # or --info ... | head prints a traceback a line
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"{PROG} {command}", *args, *(f"--config-dir={folder}" for folder in words.search)]
@@ -177,19 +176,24 @@ def _composing(task: Callable[[Words], int]) -> Callable[[list[str]], int]:
 
 
 def _jobs(command: str, words: Words, aloud: bool = True) -> list[config.Composed]:
-    from . import config, match
+    from . import config
 
     jobs = config.compose_all(command, config.expand(words.overrides, words.search), words.search)
+    from . import match  # and torch with it, which a mistake in the words need not wait for
+
     return match.matched(jobs, words.search, not words.plan, aloud)
 
 
 def _train(words: Words) -> int:
     if words.multirun:
         return _sweep(words)
-    from . import config, match
+    from . import config
 
-    [job] = match.matched([config.compose("train", words.overrides, words.search)], words.search)
+    composed = config.compose("train", words.overrides, words.search)
+    from . import match
     from .train.command import train
+
+    [job] = match.matched([composed], words.search)
 
     return train(job, words.overrides).exit_code
 

@@ -75,8 +75,12 @@ class Stem(nn.Module):
         self.size: int = network.cell.size  # type: ignore[assignment]
         self.scales: Any = getattr(network.cell, "scales", None)
 
+    def flat(self, x: Tensor) -> Tensor:
+        """x as the first numbers of a state, in its layout."""
+        return x.flatten(1) if self.scales is None else self.scales.pack([x])
+
     def forward(self, x: Tensor, f: Field) -> Tensor:
-        z: Tensor = x.flatten(1) if self.scales is None else self.scales.pack([x])
+        z = self.flat(x)
         if z.shape[1] != self.size:
             raise ValueError(f"init=stem has {z.shape[1]} numbers a sample, but the state {self.size}; use "
                              "init=stem_zeros, which fills up with zeros")  # fmt: skip
@@ -87,7 +91,7 @@ class StemZeros(Stem):
     """z0 = [x, 0]: zeros in the branches that x does not fill, as augmented neural ODEs have it (arXiv 1904.01681)."""
 
     def forward(self, x: Tensor, f: Field) -> Tensor:
-        z: Tensor = x.flatten(1) if self.scales is None else self.scales.pack([x])
+        z = self.flat(x)
         return nnf.pad(z, (0, self.size - z.shape[1]))
 
 

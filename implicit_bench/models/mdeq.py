@@ -115,7 +115,6 @@ class Scales(nn.Module):
         parts = values.split([shape[0] for shape in self.shapes])
         return self.pack([part.view(1, -1, 1, 1).expand(1, *shape) for part, shape in zip(parts, self.shapes)])[0]
 
-
     def by_channel(self, z: Tensor) -> Tensor:
         """A state (B, size) with each branch as C, H, W, whatever the layout: what a checkpoint holds."""
         return torch.cat([part.flatten(1) for part in self.unpack(z)], 1)
