@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core import EndTime, Field, FixedPoint, OwnLoop, Reduce, Solution, Solver, State, solve
+from ..core import EndTime, Field, FixedPoint, OwnLoop, Reduce, Solution, solve
 from ..core.solve import as_now
-from .base import Adjoint, BackwardLog, Corrected, Solve
+from .base import Adjoint, BackwardLog, Corrected, Solve, bare, watched
 
 
 class Backsolve(Adjoint):
@@ -61,14 +61,14 @@ class Backsolve(Adjoint):
         times: list[Tensor] = []
         if self.restarts:
             assert not forward.reduce.per_sample
-            forward = replace(forward, solver=_recording(solver, times))
+            forward = replace(forward, solver=watched(solver, lambda state, _: times.append(state.t)))
         solution = forward.untracked(F, z0)
         kind, t1 = z0.device.type, forward.stop.t1
         as_forward = as_now(F, kind) if torch.is_autocast_enabled(kind) else F
         start = [z0] if self.through_start else []
 
         def correction(g: Tensor) -> list[Tensor | None]:
-            a0, *grads = self._back(as_forward, solver, t1, solution, g, wrt, log, times)
+            a0, *grads = self._back(as_forward, bare(solver), t1, solution, g, wrt, log, times)
             return [None, *grads, *([a0] if start else [])]
 
         z = Corrected.apply("backsolve", correction, solution.value, *wrt, *start)
@@ -107,8 +107,6 @@ class Backsolve(Adjoint):
             share = 1 - torch.stack(times)[:, 0] / reached[0]
             stops = [*sorted({t1 * float(s) for s in share if s < 1}), t1]
             solver = copy(solver)
-            for watched in ("init", "step"):  # by a penalty, in the forward; bound to a solver that knows no `first`
-                vars(solver).pop(watched, None)
             solver.first = t1
         log.iterations, log.status = torch.zeros_like(solution.status), torch.zeros_like(solution.status)
         for began, end in pairwise(stops):
@@ -143,19 +141,6 @@ class Backsolve(Adjoint):
         done = True
         z = self._output(F, solution.value, stop.t1, log)
         return z, replace(solution, value=solution.value.detach()), log
-
-
-def _recording(solver: Solver, times: list[Tensor]) -> Solver:
-    """The solver, whose every step adds the time then (B,) to `times`."""
-    solver, step = copy(solver), solver.step
-
-    def recording(F: Field, state: State, reduce: Reduce) -> State:
-        state = step(F, state, reduce)
-        times.append(state.t)
-        return state
-
-    solver.step = recording  # type: ignore[method-assign]
-    return solver
 
 
 class Seminorm(Reduce):

@@ -9,13 +9,14 @@ adjoint never changes the value. An adjoint detaches the start z0, unless it say
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core import Field, Reduce, Solution, Solver, Status, Stop, solve
+from ..core import Field, Reduce, Solution, Solver, State, Status, Stop, solve
 
 
 @dataclass
@@ -59,6 +60,29 @@ class Solve:
     @torch.no_grad()
     def untracked(self, F: Field, z0: Tensor) -> Solution:
         return self(F, z0.detach())
+
+
+def watched(solver: Solver, see: Callable[[State, bool], None]) -> Solver:
+    """A copy of the solver showing `see` every state and whether a solve begins with it; its `bare` shows none."""
+    copied: Any = copy(solver)
+    copied.bare = bare(solver)
+
+    def init(*args: Any) -> State:
+        state = solver.init(*args)
+        see(state, True)
+        return state
+
+    def step(*args: Any) -> State:
+        state = solver.step(*args)
+        see(state, False)
+        return state
+
+    copied.init, copied.step = init, step
+    return copied
+
+
+def bare(solver: Any) -> Any:
+    return getattr(solver, "bare", solver)
 
 
 class Adjoint:

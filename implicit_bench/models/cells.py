@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch.nn.functional as nnf
@@ -35,6 +35,13 @@ class DenseCell(nn.Module):
 
     def forward(self, z: Tensor, ctx: Tensor, t: Tensor) -> Tensor:
         return nnf.linear(z, self.W.weight).relu() + ctx
+
+
+def make_cell(make: Callable[[], nn.Module], untied: int) -> nn.Module:
+    """The cell, or `untied` different ones in turn; 0 is the tied cell."""
+    if untied < 0:
+        raise ValueError(f"network.untied={untied} must not be negative")
+    return UntiedCell([make() for _ in range(untied)]) if untied else make()
 
 
 class UntiedCell(nn.Module):

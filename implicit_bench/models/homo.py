@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .cells import UntiedCell
+from .cells import make_cell
 from .mdeq import GroupNorm, Scales
 
 Inject = Literal["field", "start", "state", "frozen"]
@@ -42,8 +43,8 @@ class HomoConv(nn.Module):
                              "at least 1")  # fmt: skip
         if not 0 <= dropout < 1:
             raise ValueError(f"network.dropout={dropout} must be a probability below 1")
-        if untied < 0 or (untied and inject != "field"):
-            raise ValueError(f"network.untied={untied} must not be negative, and is for network.inject=field")
+        if untied and inject != "field":
+            raise ValueError(f"network.untied={untied} is for network.inject=field, not {inject}")
         self.width, groups = width, math.gcd(groups, width)
         planes, *sides = shape
         strides = (2 if min(sides) >= 64 else 1, 2)
@@ -54,8 +55,7 @@ class HomoConv(nn.Module):
             layer for c, stride in zip((planes, width), strides)
             for layer in (nn.Conv2d(c, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         ))  # fmt: skip
-        cells = [HomoCell(self.scales, groups, dropout, inject) for _ in range(untied or 1)]
-        self.cell = UntiedCell(cells) if untied else cells[0]
+        self.cell = make_cell(partial(HomoCell, self.scales, groups, dropout, inject), untied)
         self.head = nn.Sequential(
             LastBranch(self.scales), nn.GroupNorm(groups, width), nn.ReLU(inplace=True), nn.Conv2d(width, features, 1),
             nn.BatchNorm2d(features), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -149,13 +149,10 @@ class NodeConv(nn.Module):
         extra = (5 if planes == 1 else 10) if extra is None else extra
         if min(filters, extra) < 1:
             raise ValueError(f"network.filters={filters} and network.extra={extra} must be at least 1")
-        if untied < 0:
-            raise ValueError(f"network.untied={untied} must not be negative")
         self.filters = filters
         self.scales = Scales([shape, (extra, height, width)] if augmented else [shape])
         self.stem = nn.Identity()
-        cells = [NodeCell(self.scales, filters) for _ in range(untied or 1)]
-        self.cell = UntiedCell(cells) if untied else cells[0]
+        self.cell = make_cell(partial(NodeCell, self.scales, filters), untied)
         self.head = nn.Sequential(ByChannel(self.scales), nn.Linear(self.scales.size, classes))
 
 

@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..adjoints import Adjoint, BackwardLog, Solve, Unroll
+from ..adjoints.base import watched
 from ..core import Field, FixedPoint, FixedSteps, OwnLoop, Reduce, Solution, Solver, State, Stop
 from ..solvers import Picard
 from .cells import Cell
@@ -247,19 +247,16 @@ class _Kept:
     """The states that a copy of `solver` passes, until they are taken: a backward may step it again."""
 
     def __init__(self, solver: Solver):
-        self.solver, self.open = copy(solver), True
+        self.solver, self.open = watched(solver, self._see), True
         self.iterates: list[Iterate] = []
-        self.solver.init = partial(self._see, solver.init, begins=True)  # type: ignore[method-assign]
-        self.solver.step = partial(self._see, solver.step, begins=False)  # type: ignore[method-assign]
 
-    def _see(self, move: Callable[..., State], *args: Any, begins: bool) -> State:
-        state = move(*args)
-        if self.open:
-            if begins:  # adjoint=unroll may solve twice
-                self.iterates.clear()
-            dt = getattr(state.mem, "dt", None)
-            self.iterates.append(Iterate(state.z.detach(), state.t.detach(), None if dt is None else dt.detach()))
-        return state
+    def _see(self, state: State, begins: bool) -> None:
+        if not self.open:
+            return
+        if begins:  # adjoint=unroll may solve twice
+            self.iterates.clear()
+        dt = getattr(state.mem, "dt", None)
+        self.iterates.append(Iterate(state.z.detach(), state.t.detach(), None if dt is None else dt.detach()))
 
     def take(self) -> list[Iterate]:
         self.open = False

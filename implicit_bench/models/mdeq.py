@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .cells import UntiedCell
+from .cells import make_cell
 
 
 class Mdeq(nn.Module):
@@ -49,8 +50,6 @@ class Mdeq(nn.Module):
             raise ValueError(f"network.dropout={dropout} must be a probability below 1")
         if downsampling not in (0, 1, 2):
             raise ValueError(f"network.downsampling={downsampling} must be 0, 1 or 2")
-        if untied < 0:
-            raise ValueError(f"network.untied={untied} must not be negative")
         planes, *sides = shape
         halved = downsampling + len(channels) - 1
         if any(side % 2**halved for side in sides):
@@ -64,8 +63,7 @@ class Mdeq(nn.Module):
             *self.style.conv(first, first, stride=2 if downsampling > 1 else 1),
             *(self.style.conv(first, first, kernel=1) if len(channels) > 2 or downsampling else ()),
         )
-        cells = [MdeqCell(self.scales, expand, dropout, self.style) for _ in range(untied or 1)]
-        self.cell = UntiedCell(cells) if untied else cells[0]
+        self.cell = make_cell(partial(MdeqCell, self.scales, expand, dropout, self.style), untied)
         self.head = Head(self.scales, head, features, classes, self.style)
 
     def predictor(self) -> nn.Module:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Protocol
 
 from torch import nn
 
-from .cells import DenseCell, UntiedCell
+from .cells import DenseCell, make_cell
 
 
 class Network(Protocol):
@@ -31,12 +32,10 @@ class Dense(nn.Module):
         super().__init__()
         if hidden < 1:
             raise ValueError(f"network.hidden={hidden} must be at least 1")
-        if untied < 0:
-            raise ValueError(f"network.untied={untied} must not be negative")
         self.hidden = hidden
         channels, height, width = shape
         self.stem = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, hidden), nn.ReLU())
-        self.cell = UntiedCell([DenseCell(hidden) for _ in range(untied)]) if untied else DenseCell(hidden)
+        self.cell = make_cell(partial(DenseCell, hidden), untied)
         self.head = nn.Linear(hidden, classes)
 
     def predictor(self) -> nn.Module:
