@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
-import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -18,7 +16,7 @@ from .. import clock, config, machine, record, terminal
 from ..device import Device
 from ..lock import RunLock
 from ..log import Sink
-from ..report import plots, tables
+from ..report import plots, ratios, tables
 from ..terminal import Bar, duration, number, progress, say
 from .ratios import Comparison, Figures, comparisons
 from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round
@@ -183,28 +181,18 @@ def _table(figures: Sequence[Figures], failed: dict[str, str]) -> Table:
     return columns, rows + [[label, *["failed"] * 8] for label in failed]
 
 
+def _line(c: Comparison) -> ratios.Line:
+    low, high = (c.ratio.low, c.ratio.high) if c.ratio.n >= clock.MIN_ROUNDS else (None, None)
+    return ratios.Line(c.id, c.slower.label, c.faster.label, c.measure, c.ratio.value, low, high, c.ratio.verdict,
+                       c.paper, c.caveats)  # fmt: skip
+
+
 def _cells(c: Comparison) -> list[str]:
-    """id, pair, measure, ratio, interval, verdict, what the paper has and what speaks against comparing."""
-    r = c.ratio
-    caveat = f"({'; '.join(c.caveats)})" if c.caveats else ""
-    settled = r.n >= clock.MIN_ROUNDS
-    verdict = f"{c.faster.label} {r.verdict}" if r.verdict in ("faster", "slower") else r.verdict
-    interval, paper = f"[{r.low:.2f}, {r.high:.2f}]" if settled else "–", f"paper {c.paper}" if c.paper else ""
-    pair = f"{c.slower.label} / {c.faster.label}"
-    return [c.id, pair, c.measure, f"{r.value:.2f}×", interval, verdict, paper, caveat]
+    return ratios.cells(_line(c))
 
 
 def _sentence(c: Comparison) -> str:
-    """One plain sentence that a user could put in a paper."""
-    r, verb = c.ratio, {"train": "trains", "backward": "runs its backward", "predict": "predicts"}[c.measure]
-    paper = f" (paper {c.paper})" if c.paper else ""
-    if r.verdict in ("faster", "slower"):
-        value, low, high = (r.value, r.low, r.high) if r.verdict == "faster" else (1 / r.value, 1 / r.high, 1 / r.low)
-        text = f"{c.faster.label} {verb} {value:.2f}× [{low:.2f}, {high:.2f}] {r.verdict} than {c.slower.label} here"
-    else:
-        interval = f" [{r.low:.2f}, {r.high:.2f}]" if r.n >= clock.MIN_ROUNDS else ""
-        text = f"{c.slower.label} / {c.faster.label}: {r.verdict} in {c.measure} here, {r.value:.2f}×{interval}"
-    return text + paper
+    return ratios.sentence(_line(c))
 
 
 def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparison], figures: Sequence[Figures],
@@ -232,7 +220,7 @@ def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparis
     for label, error in samples.failed.items():
         say("failed", f"{label}: {error}")
     if found and terminal.format != "json":
-        _print_ratios([_cells(c) for c in found])
+        ratios.show([_cells(c) for c in found], "paired by round, 95 %")
     told: set[frozenset[str]] = set()
     for c in found:  # a pair is explained once, by its training time
         pair = frozenset((c.slower.label, c.faster.label))
@@ -242,28 +230,6 @@ def _print(rows: Sequence[Row], samples: clock.Samples, found: Sequence[Comparis
     for c in sorted((c for c in found if c.ratio.n >= clock.MIN_ROUNDS), key=lambda c: c.measure != "train")[:1]:
         say("say", f'"{_sentence(c)}"')
     return "\n".join(f"- {label}: {text}" for label, text in lines)
-
-
-RATIO_COLUMNS = ["id", "pair", "measure", "ratio", "95 %", "verdict", "paper", "caveat"]
-
-
-def _print_ratios(cells: Sequence[Sequence[str]]) -> None:
-    """On a terminal too narrow for whole lines the paper's figure and the caveat stand below the rest."""
-    if terminal.format != "text":
-        print()
-        tables.show(RATIO_COLUMNS, cells)
-        return
-    heads = ["", "paired by round, 95 %", "", "here", "", "", "", ""]
-    lines = tables.text(heads, cells).splitlines()
-    if not sys.stdout.isatty() or max(map(len, lines)) <= shutil.get_terminal_size().columns:
-        print(*lines, sep="\n")
-        return
-    head, *short = tables.text(heads[:6], [row[:6] for row in cells]).splitlines()
-    print(head)
-    for line, row in zip(short, cells):
-        print(line)
-        if beside := "  ".join(filter(None, row[6:])):
-            print(f"{'':8}{beside}")
 
 
 def _row(f: Figures) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from .. import clock
 from ..clock import Ratio
 from ..record import CONVERGED_ENOUGH
+from ..report.ratios import too_wide
 from ..terminal import number
 from .claims import CLAIMS
 
@@ -67,9 +68,7 @@ class Comparison:
         found = [f"{row.label} not converged" for row in (self.slower, self.faster) if not row.converged]
         if self.id in ("R1", "R2", "R6") and dict(self.slower.solver) != dict(self.faster.solver):
             found.append("different solvers or stepping tolerances")
-        if self.ratio.verdict == "no difference" and self.ratio.high > 1.2 * self.ratio.low:
-            found.append("interval too wide to tell")
-        return found
+        return found + too_wide(self.ratio.verdict, self.ratio.low, self.ratio.high)
 
     def explained(self) -> dict[str, float] | None:
         """The saving of a training step, ms, and its parts: fewer calls of f, fewer VJPs, the rest.

@@ -1,0 +1,80 @@
+"""Ratios of times as lines, for a reader: what `bench` and `compare` print of them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .. import terminal
+from . import tables
+
+COLUMNS = ["id", "pair", "measure", "ratio", "95 %", "verdict", "paper", "caveat"]
+VERBS = {"train": "trains", "backward": "runs its backward", "predict": "predicts", "step": "takes a training step",
+         "epochs": "trains as many epochs", "accuracy": "reaches the same accuracy"}  # fmt: skip
+
+
+class Line(NamedTuple):
+    """slower's time over faster's, above 1 where `faster` is; None for what there is not."""
+
+    id: str
+    slower: str
+    faster: str
+    measure: str
+    value: float | None
+    low: float | None  # None: too few to tell, so no interval
+    high: float | None
+    verdict: str
+    paper: str = ""
+    caveats: Sequence[str] = ()
+
+
+def too_wide(verdict: str, low: float, high: float) -> list[str]:
+    """The caveat of an interval in which a difference worth having may hide."""
+    return ["interval too wide to tell"] if verdict == "no difference" and high > 1.2 * low else []
+
+
+def cells(line: Line) -> list[str]:
+    """id, pair, measure, ratio, interval, verdict, what the paper has and what speaks against comparing."""
+    verdict = f"{line.faster} {line.verdict}" if line.verdict in ("faster", "slower") else line.verdict
+    return [line.id, f"{line.slower} / {line.faster}", line.measure,
+            "–" if line.value is None else f"{line.value:.2f}×",
+            "–" if line.low is None else f"[{line.low:.2f}, {line.high:.2f}]", verdict,
+            f"paper {line.paper}" if line.paper else "",
+            f"({'; '.join(line.caveats)})" if line.caveats else ""]  # fmt: skip
+
+
+def sentence(line: Line) -> str:
+    """One plain sentence that a user could put in a paper."""
+    pair, paper = f"{line.slower} / {line.faster}", f" (paper {line.paper})" if line.paper else ""
+    if line.value is None:
+        return f"{pair}: no ratio in {line.measure}, {line.verdict}"
+    value, low, high = line.value, line.low, line.high
+    if low is None or high is None or line.verdict not in ("faster", "slower"):
+        interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+        return f"{pair}: {line.verdict} in {line.measure} here, {value:.2f}×{interval}{paper}"
+    if line.verdict == "slower":
+        value, low, high = 1 / value, 1 / high, 1 / low
+    return (f"{line.faster} {VERBS[line.measure]} {value:.2f}× [{low:.2f}, {high:.2f}] {line.verdict} than "
+            f"{line.slower} here{paper}")  # fmt: skip
+
+
+def show(rows: Sequence[Sequence[str]], how: str) -> None:
+    """Print `cells` of ratios; `how` heads their pairs. On a terminal too narrow for whole lines the paper's figure and
+    the caveat stand below the rest."""
+    if terminal.format != "text":
+        print()
+        tables.show(COLUMNS, rows)
+        return
+    heads = ["", how, "", "here", "", "", "", ""]
+    lines = tables.text(heads, rows).splitlines()
+    if not sys.stdout.isatty() or max(map(len, lines)) <= shutil.get_terminal_size().columns:
+        print(*lines, sep="\n")
+        return
+    head, *short = tables.text(heads[:6], [row[:6] for row in rows]).splitlines()
+    print(head)
+    for line, row in zip(short, rows):
+        print(line)
+        if beside := "  ".join(filter(None, row[6:])):
+            print(f"{'':8}{beside}")
