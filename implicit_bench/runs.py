@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 RECORDED = ("command", "experiment", "protocol", "length")
 SHARES = {metric.key for metric in METRICS if metric.unit == "share"}
+Found = tuple[str, dict[str, Any], float]
 STATES = (*record.STATUSES, "stopped", "unreadable")  # running, but nobody holds it; no record that can be read
 
 
@@ -135,8 +136,11 @@ def command(words: Sequence[str], dirs: Sequence[Path], yes: bool = False) -> in
     return _list(words, dirs)
 
 
-def _found(dirs: Sequence[Path]) -> list[tuple[str, dict[str, Any], float]]:
-    """(name, record or {}, seconds since the epoch at which it began) of every run, the latest last."""
+def found(dirs: Sequence[Path]) -> list[Found]:
+    """(name, record or {}, seconds since the epoch at which it began) of every run, the latest last.
+
+    Into each record are put its `folder` and, of one that cannot be read, the `file`.
+    """
     runs = []
     for top in dirs:
         if not top.is_dir():
@@ -149,26 +153,26 @@ def _found(dirs: Sequence[Path]) -> list[tuple[str, dict[str, Any], float]]:
             try:
                 rec = record.read_record(path)
             except RecordError:
-                rec = {}
+                rec = {"file": path}
             name = record.name_of(path.parent if path.name == "record.json" else path)
             runs.append((name, {**rec, "folder": path.parent}, record.started(rec, path)))
     return sorted(runs, key=lambda run: run[2])
 
 
-def _state(rec: Mapping[str, Any]) -> str:
+def state(rec: Mapping[str, Any]) -> str:
     if "status" not in rec:
         return "unreadable"
     dead = rec["status"] == "running" and lock.owner(rec["folder"]) is None
     return "stopped" if dead else rec["status"]
 
 
-def _matches(word: str, name: str, rec: Mapping[str, Any]) -> bool:
+def matches(word: str, name: str, rec: Mapping[str, Any]) -> bool:
     """A plain word is a part of the name; key=value is about the status, what a group was set to, or any setting."""
     key, equals, value = word.partition("=")
     if not equals:
         return word in name
     if key == "status":
-        return _state(rec) == value
+        return state(rec) == value
     config = rec.get("config", {})
     if key in RECORDED and key in rec:
         return str(rec[key]) == value
@@ -178,6 +182,18 @@ def _matches(word: str, name: str, rec: Mapping[str, Any]) -> bool:
         return picked[key] == value
     settings = flat(config)
     return key in settings and _same(settings[key], value)
+
+
+def check(words: Sequence[str], everything: Sequence[Found], more: Sequence[str] = ()) -> None:
+    """Raises UsageError for a status that there is not, and a key that neither the records have nor `more` names."""
+    for word in words:
+        if word.startswith("status=") and (name := word.partition("=")[2]) not in STATES:
+            raise UsageError(f"no status {name!r}{nearest(name, STATES)}")
+    keys = {"status", *RECORDED, *more, *(k for _, rec, _ in everything for k in (*log.choices(rec.get("config", {})),
+             *flat(rec.get("config", {}))))}  # fmt: skip
+    for key in (word.partition("=")[0] for word in words if "=" in word):
+        if everything and key not in keys:
+            raise UsageError(no_key(key, sorted(keys)))
 
 
 def _same(a: Any, b: str) -> bool:
@@ -190,21 +206,14 @@ def _same(a: Any, b: str) -> bool:
 
 
 def _list(words: Sequence[str], dirs: Sequence[Path]) -> int:
-    for word in words:
-        if word.startswith("status=") and (state := word.partition("=")[2]) not in STATES:
-            raise UsageError(f"no status {state!r}{nearest(state, STATES)}")
-    everything = _found(dirs)
-    keys = {"status", *RECORDED, *(k for _, rec, _ in everything for k in (*log.choices(rec.get("config", {})),
-             *flat(rec.get("config", {}))))}  # fmt: skip
-    for key in (word.partition("=")[0] for word in words if "=" in word):
-        if everything and key not in keys:
-            raise UsageError(no_key(key, sorted(keys)))
+    everything = found(dirs)
+    check(words, everything)
     rows, now = [], time.time()
     for name, rec, began in everything:
-        if not all(_matches(word, name, rec) for word in words):
+        if not all(matches(word, name, rec) for word in words):
             continue
         values = record.scalars(rec)
-        rows.append([name, _state(rec), values.get("metrics.test_acc"), values.get("timing.step_ms"),
+        rows.append([name, state(rec), values.get("metrics.test_acc"), values.get("timing.step_ms"),
                      values.get("solve.nfe_forward"), values.get("solve.nfe_backward"),
                      rec["epochs"] if rec.get("command") == "train" else None, rec.get("length") or "",
                      round(now - began)])  # fmt: skip

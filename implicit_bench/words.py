@@ -84,7 +84,8 @@ def plain(args: Sequence[str], command: str, flags: Sequence[str] = (),
         elif equals and key in options:
             options[key] = [v for v in value.strip("[]").split(",") if v]
             if not options[key]:
-                raise UsageError(f"{key}= wants one value or more, such as {key}={lists[key]}")
+                such = f", such as {key}={lists[key]}" if lists[key] else ""
+                raise UsageError(f"{key}= wants one value or more{such}")
         else:
             words.append(a)
     return words, given, options
