@@ -106,12 +106,14 @@ def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[
     import hydra
     from hydra.errors import HydraException
 
+    from .terminal import Without
+
     logging.raiseExceptions = False  # or --info ... | head prints a traceback a line
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"{PROG} {command}", *args, *(f"--config-dir={folder}" for folder in words.search)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints tracebacks of its own and exits
     try:
-        with contextlib.redirect_stderr(_Without("Error executing job with overrides")):  # it has been said already
+        with contextlib.redirect_stderr(Without("Error executing job with overrides")):  # it has been said already
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
     except HydraException as error:
         raise UsageError(first_line(error)) from None
@@ -125,19 +127,6 @@ def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[
         os.environ.pop("HYDRA_FULL_ERROR")
         if full is not None:
             os.environ["HYDRA_FULL_ERROR"] = full
-
-
-class _Without:
-    """Standard error without the lines of another that begin so."""
-
-    def __init__(self, beginning: str):
-        self._beginning, self._stream = beginning, sys.stderr
-
-    def write(self, text: str) -> int:
-        return len(text) if text.startswith(self._beginning) else self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _show(command: str, words: Words) -> int:
@@ -212,6 +201,7 @@ def _plan(command: str, words: Words) -> int:
 def _sweep(words: Words) -> int:
     from . import config
 
+    code = 0
     if not any(o.startswith("hydra/sweeper=") for o in words.overrides):  # another sweeper reads ranges its own way
         jobs = config.compose_all("train", config.each_value(words.overrides, words.search), words.search)
         for job in jobs:
@@ -221,8 +211,11 @@ def _sweep(words: Words) -> int:
     try:
         _hydra_main("train", words, ["--multirun", *words.overrides], train_task)
     except JobFailed:
-        return _refuse("some runs of the sweep failed; the same command runs those again and no other", 3)
-    return 0
+        code = _refuse("some runs of the sweep failed; the same command runs those again and no other", 3)
+    from .compare.command import after_sweep
+
+    after_sweep(words)
+    return code
 
 
 def train_task(cfg: Any) -> float | None:
@@ -315,6 +308,12 @@ def _runs(args: list[str]) -> int:
     return command(words, [Path(folder) for folder in options["records"]], "-y" in flags)
 
 
+def _compare(args: list[str]) -> int:
+    from .compare.command import command
+
+    return command(args)
+
+
 def _doctor(args: list[str]) -> int:
     words, _, options = plain(args, "doctor", records="runs", data="data")
     if words:
@@ -344,5 +343,5 @@ def _completion(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **{task.__name__.removeprefix("_"): _composing(task) for task in (_train, _eval, _bench, _check, _data)},
-    "list": _list, "runs": _runs, "sync": _sync, "doctor": _doctor, "completion": _completion,
+    "compare": _compare, "list": _list, "runs": _runs, "sync": _sync, "doctor": _doctor, "completion": _completion,
 }  # fmt: skip

@@ -77,7 +77,11 @@ def _candidates(command: str, given: Sequence[str], word: str) -> list[str]:
     if command in COMPOSING:
         return _override(command, given, key, bool(equals), value)
     if equals:
-        return _each(key, value, WORDS.get(key, ()))
+        group = "model" if key in ("base", "against") else key
+        names = files(group, ()) if command == "compare" and group in GROUPS else ()
+        return _each(key, value, WORDS.get(key, names))
+    if command == "compare":
+        return [f"{key}=" for key in ("base", "against", "records", "paths.runs", "plan", "format", *GROUPS)]
     runs = _runs(given, word) if command == "sync" or given[:1] in (["diff"], ["rm"]) else []
     return [*runs, *(("diff", "rm", "status=", "records=") if command == "runs" and not given else ()), "format="]
 

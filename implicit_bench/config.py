@@ -119,11 +119,11 @@ def save(config: dict[str, Any], path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
 
 
-def alone(path: Path) -> dict[str, Any]:
+def alone(path: Path, resolve: bool = True) -> dict[str, Any]:
     """What one file says with nothing composed around it."""
     from omegaconf import OmegaConf
 
-    return dict(OmegaConf.to_container(OmegaConf.load(path), resolve=True))  # type: ignore[arg-type]
+    return dict(OmegaConf.to_container(OmegaConf.load(path), resolve=resolve))  # type: ignore[arg-type]
 
 
 def _compose(command: str, overrides: Sequence[str]) -> Composed:

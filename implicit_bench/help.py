@@ -13,6 +13,7 @@ commands
   eval      look closely at a trained run: accuracy by budget and under noise, solves, spectral radius, pictures
   bench     time several models against each other, interleaved in one process: ratios with intervals
   check     prove a solver, an adjoint or a network of your own on problems with known answers
+  compare   ratios between trainings by seed, from their records: a step, equal epochs, equal accuracy
   data      fetch and verify a data set
   sync      rebuild runs on Weights & Biases from their records
   doctor    look at machine and installation; a remedy for everything amiss
@@ -102,6 +103,29 @@ examples
 keys (default): rounds (60) or time=20s|5m|1h · recipe.batch (32) · and every key of train; match= is for the
   rows of model=explicit and resnet
 leaves  runs/bench-DATASET-ID/   record.json, table.md, speedup.svg, wandb/ ; each call is a new attempt
+""",
+    "compare": f"""{PROG} compare: ratios between trainings, from their records
+
+usage: {PROG} compare base=NAME against=NAME[,NAME] [FILTER ...] [key=value ...]
+
+Trains nothing. Three comparisons, paired by seed: geometric mean, with Student's 95 % interval of the logarithm
+  step      the median training step
+  epochs    training time to equal epochs, without validation, checkpoints and the cold first step
+  accuracy  training time to 99 % of the base's last validation accuracy; accuracies are smoothed, the lower median of
+            the last three epochs; a model that does not get there within its run has no ratio
+Rows share everything but the model and what it brings (init, solver, stop, adjoint, penalty, field). Records of another
+recipe, machine or torch are refused, and runs that were not alone, with the command that times them again. A NAME is a
+model's, a run's id, or key=value; a FILTER is one of `runs`: where a name could mean several, say which.
+A sweep `train -m model=A,B ...` ends with this: base neural_ode if it is there, else the first model.
+
+keys (default): records=DIR,... (runs) where to look, such as runs,results · paths.runs (runs) · plan=true which runs
+  these are · logger=wandb|none (as the base's runs) · format=text|md|csv|json (text)
+leaves  runs/compare-DATASET-ID/   record.json, table.md, speedup.svg, wandb/ ; other figures are a new attempt
+
+examples
+  {PROG} compare base=neural_ode against=cdeq,skip_cdeq
+  {PROG} compare base=cdeq against=deq dataset=mnist protocol=sound records=runs,results
+  {PROG} compare base=solver=tsit5 against=solver=vcab3 model=cdeq logger=none
 """,
     "check": f"""{PROG} check: prove a solver, an adjoint or a network on problems with known answers
 

@@ -135,7 +135,7 @@ class Wandb(Sink):
             "project": None if agents else self.project,
             "entity": None if agents else self.entity,
             "group": self.group or record.get("experiment"),
-            "job_type": "train" if training else "bench",
+            "job_type": record["command"],
             "id": None if agents else id or run_name(record),
             "name": "-".join(filter(None, name)) if training else folder.name.removesuffix(f"-{record['run_id']}"),
             "tags": sorted(f"{group}={value}"[:64] for group, value in labels.items() if value not in (None, "none")),

@@ -17,7 +17,7 @@ MIRRORED = ("record.json", "metrics.jsonl", "table.md", "speedup.svg")
 
 
 def run_name(record: Mapping[str, Any]) -> str:
-    """W&B's id of a run: its own, and of a bench each attempt's."""
+    """W&B's id of a run: its own, and of a bench or a comparison each attempt's."""
     attempt = record.get("attempt") or 1
     return record["run_id"] if record["command"] == "train" or attempt == 1 else f"{record['run_id']}-{attempt}"
 

@@ -65,6 +65,8 @@ METRICS = (
     Metric("nonfinite_steps", "steps", "lower", "Steps skipped since a loss or gradient was not finite."),
     *(Metric(f"ratio.{part}", "times", "higher", f"Compared row's {part} time over this row's, over paired rounds.")
       for part in ("train", "forward", "backward", "predict")),
+    *(Metric(f"speedup.{of}", "times", "higher", f"Base's time to {what} over this row's, geometric mean by seed.")
+      for of, what in (("step", "a step"), ("epochs", "equal epochs"), ("accuracy", "equal accuracy"))),
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import atexit
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,8 +118,10 @@ def replay(sink: Sink, record: dict[str, Any], folder: Path) -> None:
     if (folder / "speedup.svg").exists():
         sink.image("speedup", folder / "speedup.svg")
     if (folder / "table.md").exists():
-        sink.table("rows", *_first_table((folder / "table.md").read_text(encoding="utf-8")))
-    sink.summary({f"ratio.{r['measure']}.{r['numerator']}_over_{r['denominator']}": r["value"]
+        for name, table in zip(("rows", "ratios"), _tables((folder / "table.md").read_text(encoding="utf-8"))):
+            sink.table(name, *table)
+    head = "speedup" if record["command"] == "compare" else "ratio"
+    sink.summary({f"{head}.{r['measure']}.{r['numerator']}_over_{r['denominator']}": r["value"]
                   for r in record.get("ratios", ())})  # fmt: skip
 
 
@@ -176,7 +178,9 @@ def _upload(folder: Path, place: str) -> str:
     return f"wandb sync {shlex.quote(str(folder / place))}"
 
 
-def _first_table(markdown: str) -> tuple[list[str], list[list[str]]]:
-    lines = [line for line in markdown.split("\n\n")[0].splitlines() if line.startswith("|")]
-    columns, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return columns, rows
+def _tables(markdown: str) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """(columns, rows) of each table."""
+    for block in markdown.split("\n\n"):
+        if lines := [line for line in block.splitlines() if line.startswith("|")]:
+            columns, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+            yield columns, rows

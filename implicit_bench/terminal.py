@@ -109,6 +109,19 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+class Without:
+    """Standard error without the lines of another that begin so."""
+
+    def __init__(self, beginning: str):
+        self._beginning, self._stream = beginning, sys.stderr
+
+    def write(self, text: str) -> int:
+        return len(text) if text.startswith(self._beginning) else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Bar:
     """A progress bar with time left on a terminal; nothing elsewhere. Lines printed through it stay above it."""
 

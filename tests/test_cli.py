@@ -17,7 +17,7 @@ import jobs
 import pytest
 import yaml
 
-from implicit_bench import __version__, cli, config, schema
+from implicit_bench import __version__, cli, config, machine, schema
 from implicit_bench.cli import COMMANDS, HELP, USAGE, main
 from implicit_bench.log import slashed
 from implicit_bench.record import METRICS, read_record
@@ -95,7 +95,7 @@ def examples(text):
     return [re.split(r"\s{2,}", line.strip())[0] for line in text.splitlines() if line.startswith("  implicit-bench ")]
 
 
-PLAIN_WORDS = ("list", "runs", "sync", "doctor", "completion")  # compose nothing
+PLAIN_WORDS = ("list", "runs", "compare", "sync", "doctor", "completion")  # compose nothing
 EXAMPLES = [line for text in (USAGE, *HELP.values()) for line in examples(text)]
 
 
@@ -266,6 +266,7 @@ def test_data_without_a_name_is_a_table_of_every_data_set(capsys, tmp_path):
 
 def test_a_sweep_runs_each_job_here_and_skips_finished_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine.Alone, "read", lambda self: False)
     words = ["train", "-m", "model=deq,skip_deq", *jobs.words(tmp_path, "recipe.max_steps=2")]
     argv = list(sys.argv)
     assert main(words) == 0
@@ -281,9 +282,10 @@ def test_a_sweep_runs_each_job_here_and_skips_finished_ones(tmp_path, monkeypatc
     before = {path: stamp for path, stamp in stamps(tmp_path).items() if path.name != "multirun.yaml"}
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     assert main(words) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out == [f"train   {name} is done: test accuracy {rec['metrics']['test_acc']:.3f}; force=true trains it again"
-                   for name, rec in found.items()]  # fmt: skip
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"note    no comparison: deq-\S+, skip_deq-\S+ were not alone on .* force=true\n", err)
+    done = {name: f"{rec['metrics']['test_acc']:.3f}; force=true trains it again" for name, rec in found.items()}
+    assert out.splitlines() == [f"train   {name} is done: test accuracy {text}" for name, text in done.items()]
     assert {path: stamp for path, stamp in stamps(tmp_path).items() if path.name != "multirun.yaml"} == before
 
 

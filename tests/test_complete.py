@@ -76,6 +76,13 @@ def test_runs_by_name_and_by_id():
     assert candidates("completion f") == ["fish"]
 
 
+def test_what_compare_takes():
+    assert candidates("compare b") == ["base="]
+    assert candidates("compare base=neural") == ["base=neural_ode"]
+    assert candidates("compare base=deq against=cdeq,skip_reg_c") == ["against=cdeq,skip_reg_cdeq"]
+    assert candidates("compare base=deq plan=t") == ["plan=true"]
+
+
 def test_a_tab_imports_nothing_heavy():
     code = """import sys; from implicit_bench.cli import main
 for words in (["train model="], ["train stop."], ["eval run="], [""]): main(["complete", "implicit-bench " + words[0]])

@@ -449,7 +449,7 @@ def test_values_are_flat_slashed_and_plain(fake, tmp_path):
         ("train", 2, False, "", None, "train", "skip_deq-anderson-digits-s3"),  # force=true replaces
         ("bench", 1, False, "", None, "bench", "bench-digits"),
         ("bench", 3, False, "-3", None, "bench", "bench-digits"),
-        ("compare", 2, False, "-2", None, "bench", "bench-digits"),
+        ("compare", 2, False, "-2", None, "compare", "bench-digits"),
     ],
 )
 def test_identity(fake, tmp_path, command, attempt, resume, id, resumes, job, name):
