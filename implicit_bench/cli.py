@@ -98,9 +98,6 @@ def _refuse(problem: object, code: int) -> int:
     return code
 
 
-# --------------------------------------------------------------------------------------------------------- Hydra
-
-
 def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[[Any], Any]) -> None:
     """Hand over to Hydra: a sweep, and the flags that print and stop. What it raises comes to us."""
     import hydra
@@ -133,16 +130,13 @@ def _show(command: str, words: Words) -> int:
     """What Hydra's flags ask for; for every row of a sweep, as YAML documents."""
     from . import config
 
-    rows = config.expand(words.overrides, words.search)
+    rows = [*_rows(command, words)[1].values()]
     config.compose_all(command, rows, words.search)  # a mistake is one sentence
     for row in rows:
         if len(rows) > 1:
             print("---")
         _hydra_main(command, words, [*words.flags, *row], print)
     return 0
-
-
-# ------------------------------------------------------------------------------------------------------- commands
 
 
 def _composing(task: Callable[[Words], int]) -> Callable[[list[str]], int]:
@@ -164,10 +158,21 @@ def _composing(task: Callable[[Words], int]) -> Callable[[list[str]], int]:
     return command
 
 
+def _rows(command: str, words: Words) -> tuple[Any, dict[str, list[str]]]:
+    """The table asked for, if any, and the words of each job by its row there, or by its number."""
+    from . import config, papers
+
+    found = papers.rows(words.overrides, words.search) if command == "bench" else None
+    return found or (None, {str(i): row for i, row in enumerate(config.expand(words.overrides, words.search))})
+
+
 def _jobs(command: str, words: Words, aloud: bool = True) -> list[config.Composed]:
     from . import config
 
-    jobs = config.compose_all(command, config.expand(words.overrides, words.search), words.search)
+    table, rows = _rows(command, words)
+    jobs = config.compose_all(command, [*rows.values()], words.search)
+    for job, label in zip(jobs, rows if table else ()):
+        job.table, job.label = table, label
     from . import match  # and torch with it, which a mistake in the words need not wait for
 
     return match.matched(jobs, words.search, not words.plan, aloud)
@@ -296,9 +301,6 @@ def _list(args: list[str]) -> int:
     from .listing import listing
 
     return listing(split(args))
-
-
-# -------------------------------------------------------------------------------------- commands of plain words
 
 
 def _runs(args: list[str]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .record import flat
-from .schema import GROUPS, UsageError, config_dir, files, plural
+from .schema import GROUPS, LISTED, UsageError, config_dir, files, plural
 from .terminal import FORMATS
 
 SCRIPTS = {
@@ -71,7 +71,7 @@ def _candidates(command: str, given: Sequence[str], word: str) -> list[str]:
         return ["--help", "-q", *FLAGS.get(command, FLAGS["train"] if command in COMPOSING else ())]
     key, equals, value = word.partition("=")
     if command == "list":
-        return [plural(group) for group in GROUPS] + ["format="] if not equals else _each(key, value, FORMATS)
+        return [plural(group) for group in LISTED] + ["format="] if not equals else _each(key, value, FORMATS)
     if command == "completion":
         return list(SCRIPTS)
     if command in COMPOSING:
@@ -95,7 +95,7 @@ def _each(key: str, value: str, options: Iterable[str]) -> list[str]:
 def _override(command: str, given: Sequence[str], key: str, equals: bool, value: str) -> list[str]:
     search = _config_dirs(given)
     if not equals:
-        keys = list(_keys(command, given, search))
+        keys = [*_keys(command, given, search), *(("table", "rows") if command == "bench" else ())]
         whole = [k for k in keys if "." not in k] if "." not in key else keys
         heads = [f"{k.partition('.')[0]}." for k in keys if "." in k] if "." not in key else []
         return [f"{k}=" for k in whole] + list(dict.fromkeys(heads))
@@ -103,7 +103,7 @@ def _override(command: str, given: Sequence[str], key: str, equals: bool, value:
         return _each(key, value, WORDS.get(key) or CHOICES[key])
     if key == "run":
         return [f"run={name}" for name in (*_runs(given, value), "last")]
-    if key in GROUPS:
+    if key in LISTED:
         bracket = "[" if value.startswith("[") else ""
         return _each(key, value, [f"{bracket}{name}" if "," not in value else name for name in files(key, search)])
     if isinstance(_keys(command, given, search).get(key), bool):

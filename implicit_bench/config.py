@@ -31,6 +31,8 @@ class Composed:
     config: dict[str, Any]
     choices: dict[str, str]
     overrides: list[str] = field(default_factory=list)
+    table: Any = None  # papers.Table, of which it is a row, and the row's name there
+    label: str = ""
     alike: dict[str, Any] | None = None  # match=time not measured yet: the config of the model that it is matched to
 
 

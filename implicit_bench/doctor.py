@@ -225,31 +225,19 @@ def _allocator(*_: Path) -> Iterator[Finding]:
     yield _found("allocator", f"{word}; {means}", remedy, "preloaded" in word)
 
 
-def gflops(work: Callable[[], Any], flops: float, seconds: float = 0.8) -> float:
-    """By the fastest of as many calls as fit, three at least, after one to warm up."""
-    work()
-    took: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(took) < 3 or time.perf_counter() < end:
-        before = time.perf_counter()
-        work()
-        took.append(time.perf_counter() - before)
-    return flops / min(took) / 1e9
-
-
 def _peak(*_: Path) -> Iterator[Finding]:
     """float32, two operations a multiply-add; on the CPU with a thread for each usable core."""
     import torch
 
+    from . import machine
+
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, int(cores()[0])))
     try:
-        for device, n, batch in (("cpu", 1024, 32), ("cuda", 8192, 512))[: 1 + torch.cuda.is_available()]:
-            wait = torch.cuda.synchronize if device == "cuda" else int
-            a, x = torch.randn(n, n, device=device), torch.randn(batch, 64, 32, 32, device=device)
-            w = torch.randn(64, 64, 3, 3, device=device)
-            convolution = gflops(lambda: (torch.conv2d(x, w, padding=1), wait()), 2 * x.numel() * 64 * 9)  # noqa: B023
-            product = gflops(lambda: (a @ a, wait()), 2 * n**3)  # noqa: B023
+        for device, n in (("cpu", 1024), ("cuda", 8192))[: 1 + torch.cuda.is_available()]:
+            wait, a = torch.cuda.synchronize if device == "cuda" else int, torch.randn(n, n, device=device)
+            convolution = machine.convolution_gflops(device)
+            product = machine.gflops(lambda: (a @ a, wait()), 2 * n**3)  # noqa: B023
             how = f"{torch.get_num_threads()} threads" if device == "cpu" else "TF32 where torch's defaults have it"
             text = f"{device}: convolution {convolution:,.0f}, matrix product {product:,.0f} GFLOP/s ({how})"
             yield Finding("peak", "ok", text)

@@ -89,19 +89,23 @@ leaves  RUN/eval/   SPLIT.json; with plot=true residual and evaluations as .svg 
     "bench": f"""{PROG} bench: time models against each other, interleaved in one process
 
 usage: {PROG} bench model=A,B[,C] [key=value ...]        keys may list values; each combination is a row
+       {PROG} bench table=NAME [rows=A,B] [at=0,100,500] [key=value ...]    the rows of a paper's table
 
 Rows share data set, seed, batches and gpu. Rounds of training steps and predictions alternate between the rows, so that
 the machine's drift hits all of them. A ratio is of medians over paired rounds, for the pairs that the claims R1-R9 of
 arXiv 2201.12240 are about, and the first row over each row left, with a moving-block bootstrap 95 % interval. `why`:
 how many calls of f and VJPs make it, at the price of one alone; ×floor: a step's time over all its calls at that price.
+at: rows are timed at their weights after so many training steps, which are made once and kept in runs/.trained, and
+stand still there; without it they train as they are timed, from the first step on. MiB: peak memory of a step.
 
 examples
   {PROG} bench model=neural_ode,cdeq,skip_cdeq
   {PROG} bench model=deq solver=picard,anderson dataset=mnist time=1m
   {PROG} bench model=neural_ode adjoint=backsolve,unroll solver=tsit5 rounds=100
+  {PROG} bench table=cdeq_cifar10_small at=0,100,500 time=1h         the claims of arXiv 2201.12240, along training
 
-keys (default): rounds (60) or time=20s|5m|1h · recipe.batch (32) · and every key of train; match= is for the
-  rows of model=explicit and resnet
+keys (default): rounds (60) or time=20s|5m|1h · at (null) · memory (true) · recipe.batch (32), where a table says none ·
+  table=NAME of `list tables` · rows=A,B, without which a table leaves some out; rows=all · and every key of train
 leaves  runs/bench-DATASET-ID/   record.json, table.md, speedup.svg, wandb/ ; each call is a new attempt
 """,
     "compare": f"""{PROG} compare: ratios between trainings, from their records

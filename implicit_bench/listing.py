@@ -7,7 +7,7 @@ from typing import Any
 from . import terminal
 from .config import alone
 from .report import tables
-from .schema import GROUPS, UsageError, files, locate, nearest, plural
+from .schema import LISTED, UsageError, files, locate, nearest, plural
 from .words import Words
 
 PAPERS = (  # network, data set, what is chosen beside them
@@ -22,12 +22,12 @@ def listing(words: Words) -> int:
     """Every file of the groups that are named, or of all, with the first line that it says of itself."""
     if words.flags or words.multirun or words.plan:
         raise UsageError("list takes no flag but --config-dir")
-    names = {name: group for group in GROUPS for name in (plural(group), group)}
+    names = {name: group for group in LISTED for name in (plural(group), group)}
     for a in words.overrides:
         if a not in names:
-            options = [plural(group) for group in GROUPS]
+            options = [plural(group) for group in LISTED]
             raise UsageError(f"nothing called {a!r} to list{nearest(a, options, len(options))}")
-    wanted = [names[a] for a in words.overrides] or GROUPS
+    wanted = [names[a] for a in words.overrides] or LISTED
     rows = []
     for group in wanted:
         for name, path in files(group, words.search).items():

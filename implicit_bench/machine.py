@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,22 @@ def peak_memory_mib(device: str | torch.device = "cpu") -> float | None:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 1024
     return None
+
+
+def gflops(work: Callable[[], Any], flops: float, seconds: float = 0.8) -> float:
+    """By the fastest of as many calls as fit, three at least, after one to warm up."""
+    work()
+    took: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(took) < 3 or time.perf_counter() < end:
+        before = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - before)
+    return flops / min(took) / 1e9
+
+
+def convolution_gflops(device: str | torch.device = "cpu") -> float:
+    """The peak that a network of convolutions can hope for: 3 x 3, 64 to 64 channels, in float32."""
+    batch, wait = (512, torch.cuda.synchronize) if is_cuda(device) else (32, int)
+    x, w = torch.randn(batch, 64, 32, 32, device=device), torch.randn(64, 64, 3, 3, device=device)
+    return gflops(lambda: (torch.conv2d(x, w, padding=1), wait()), 2 * x.numel() * 64 * 9)

@@ -148,7 +148,7 @@ def _time(job: Composed, other: Config, measure: bool) -> tuple[Composed, str]:
     if given := next((w for w in job.overrides if _says(w, "stop.steps", "network.untied")), None):
         raise UsageError(f"match=time finds stop.steps itself, so that {given} cannot be; leave one of them out")
     settings = config.make(cfg["gpu"], "gpu").settings()
-    apart = record.LABELS | {"seed", "rounds", "time"}  # one depth for all seeds, in train and in bench
+    apart = record.LABELS | record.MEASURING | {"seed"}  # one depth for all seeds, in train and in bench
     pair = [{**{k: v for k, v in c.items() if k not in apart}, "gpu": settings} for c in (_at(cfg, 1), other)]
     facts = machine.fingerprint()
     key = record.run_id({"pair": pair, "machine": [facts[fact] for fact in ("cpu", "cores", "gpu", "torch", "cuda")]})

@@ -22,6 +22,7 @@ STATUSES = ("running", "done", "failed", "interrupted")
 # Top-level config keys that say nothing about the result: labels (resolved into the rest), where to write, how to load.
 LABELS = {"model", "experiment", "protocol", "length", "logger", "paths", "force", "hydra", "progress", "loader",
           "allow_targets", "match", "match_to"}
+MEASURING = {"rounds", "time", "at", "memory"}  # of bench; train has none of it
 
 
 class RecordError(ValueError):
@@ -63,10 +64,9 @@ METRICS = (
     Metric("memory.peak_mib", "MiB", "lower", "Peak memory of the run: torch's on a GPU, else the whole process's."),
     Metric("flops.step", "FLOP", "lower", "Floating-point operations of a training step, counted."),
     Metric("nonfinite_steps", "steps", "lower", "Steps skipped since a loss or gradient was not finite."),
-    *(Metric(f"ratio.{part}", "times", "higher", f"Compared row's {part} time over this row's, over paired rounds.")
-      for part in ("train", "forward", "backward", "predict")),
-    *(Metric(f"speedup.{of}", "times", "higher", f"Base's time to {what} over this row's, geometric mean by seed.")
-      for of, what in (("step", "a step"), ("epochs", "equal epochs"), ("accuracy", "equal accuracy"))),
+    *(Metric(f"speedup.{of}", "times", "higher", f"One row's {what} over another's; 2 is twice as fast.")
+      for of, what in (("train", "training step"), ("backward", "backward"), ("predict", "prediction"), (
+          "step", "step"), ("epochs", "time to equal epochs"), ("accuracy", "time to equal accuracy"))),
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ COMPONENTS = ("network", "init", "solver", "stop", "adjoint", "recipe", "gpu", "
 LABELS = ("model", "protocol", "experiment", "tune", "length")  # what they say is resolved into the rest
 GROUPS = ("network", "init", "solver", "stop", "adjoint", "penalty", "recipe", "gpu", "logger", "dataset", "model",
           "protocol", "experiment", "length")  # fmt: skip
+LISTED = (*GROUPS, "table")  # folders of configs/ to choose a name from; a table is no part of a config
 PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type, and the least a number may be
     "seed": (int, 0), "force": (bool, 0), "field": (Literal["equilibrium", "ode", "ode_then_f"], 0),
     "allow_targets": (list[str], 0),
@@ -28,6 +29,7 @@ PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type,
     "eval.images": (int | None, 1), "eval.batch": (int, 1), "eval.steps": (list[int], 0),
     "eval.noise": (list[float], 0), "eval.blur": (list[float], 0), "eval.solvers": (list[str], 0),
     "eval.radius_images": (int, 0), "rounds": (Any, 0), "time": (Any, 0),  # bench says more of these two than a type
+    "at": (list[int] | None, 0), "memory": (bool, 0),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import atexit
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,12 +117,11 @@ def replay(sink: Sink, record: dict[str, Any], folder: Path) -> None:
         return
     if (folder / "speedup.svg").exists():
         sink.image("speedup", folder / "speedup.svg")
-    if (folder / "table.md").exists():
-        for name, table in zip(("rows", "ratios"), _tables((folder / "table.md").read_text(encoding="utf-8"))):
-            sink.table(name, *table)
-    head = "speedup" if record["command"] == "compare" else "ratio"
-    sink.summary({f"{head}.{r['measure']}.{r['numerator']}_over_{r['denominator']}": r["value"]
-                  for r in record.get("ratios", ())})  # fmt: skip
+    for name, (columns, rows) in record.get("tables", {}).items():
+        sink.table(name, columns, rows)
+    for step, values in record.get("scalars", ()):
+        sink.log(values, step)
+        sink.summary(values)
 
 
 def _send(record: dict[str, Any], folder: Path, mode: str, project: str | None, entity: str | None,
@@ -176,11 +175,3 @@ def _names(record: dict[str, Any]) -> list[str]:
 
 def _upload(folder: Path, place: str) -> str:
     return f"wandb sync {shlex.quote(str(folder / place))}"
-
-
-def _tables(markdown: str) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """(columns, rows) of each table."""
-    for block in markdown.split("\n\n"):
-        if lines := [line for line in block.splitlines() if line.startswith("|")]:
-            columns, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-            yield columns, rows

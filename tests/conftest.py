@@ -12,6 +12,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def _seeded():
+    """A test draws the same weights whichever tests have run before it in the process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _quiet_wandb(tmp_path, monkeypatch):
     """W&B writes below the test's own folder and finds no key of the user's."""
     for name in ("CACHE", "DATA", "CONFIG"):

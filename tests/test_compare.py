@@ -256,8 +256,8 @@ def test_the_wandb_run_is_an_offline_one_that_can_be_read(here, monkeypatch):
     assert (begun["job_type"], begun["display_name"]) == ("compare", "compare-digits")
     assert (summary["run_id"], summary["state"]) == (folder.name[-10:], "finished")
     got = summary["summary"]
-    assert got["speedup/step/neural_ode_over_cdeq"] == pytest.approx(3.0)
-    assert got["speedup/epochs/neural_ode_over_cdeq"] == pytest.approx(1.0)
+    assert got["speedup/R1/step"] == pytest.approx(3.0)
+    assert got["speedup/R1/epochs"] == pytest.approx(1.0)
     assert [(got[name]["nrows"], got[name]["ncols"]) for name in ("rows", "ratios")] == [(2, 9), (3, 8)]
     assert "speedup" in got
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from implicit_bench import doctor, machine
-from implicit_bench.doctor import GIB, Finding, cores, examine, gflops, show
+from implicit_bench.doctor import GIB, Finding, cores, examine, show
+from implicit_bench.machine import gflops
 
 
 def look(check, tmp_path, **only):
@@ -21,7 +22,7 @@ def look(check, tmp_path, **only):
 
 
 def test_a_whole_examination_names_everything_and_a_remedy_for_all_that_is_amiss(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "gflops", lambda work, flops: (work(), flops)[1])
+    monkeypatch.setattr(machine, "gflops", lambda work, flops: (work(), flops)[1])
     found = examine(tmp_path / "runs", tmp_path / "data")
     every = "python packages extras configs torch gpu torchvision cores threads memory allocator peak runs wandb load"
     assert {f.name for f in found} == {*every.split(), "data", "data set"}
@@ -182,13 +183,13 @@ def test_gflops_are_by_the_fastest_call_and_the_first_does_not_count(monkeypatch
     def work():
         now.s += next(took, 100.0)
 
-    monkeypatch.setattr(doctor, "time", SimpleNamespace(perf_counter=lambda: now.s))
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: now.s))
     assert gflops(work, 6e9, seconds=0) == 3.0
 
 
 def test_the_peaks_count_two_a_multiply_add_and_restore_the_threads(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(doctor, "gflops", lambda work, flops: asked.append((flops, work()[0])) or 1)
+    monkeypatch.setattr(machine, "gflops", lambda work, flops: asked.append((flops, work()[0])) or 1)
     monkeypatch.setattr(doctor, "cores", lambda: (3.0, ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = torch.get_num_threads()

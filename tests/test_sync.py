@@ -93,7 +93,7 @@ def test_a_run_rebuilt_is_the_live_one_in_every_row_and_word(live, command):
     assert of_wandb(second) == wanted
     if command == "bench":
         media = [sorted(p.read_bytes() for p in top.rglob("media/**/*") if p.is_file()) for top in (first, second)]
-        assert len(media[0]) == 2
+        assert len(media[0]) == 3  # rows, ratios, picture
         assert media[0] == media[1]
     assert "already there" in again(folder)
     (folder / "metrics.jsonl").open("a").write('{"step": 95, "metrics.train_loss": 0.5}\n')

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .. import clock
 from ..clock import Ratio
+from ..papers import Table
 from ..record import CONVERGED_ENOUGH
 from ..report.ratios import too_wide
 from ..terminal import number
-from .claims import CLAIMS
+from .claims import asked
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,18 @@ class Figures:
     """What is known of a row when its rounds are done."""
 
     label: str
+    name: str  # by which claims know it: a table's row, else the model
     model: str
-    times: Mapping[str, Sequence[float]]  # measure -> ms a step by round
+    times: Mapping[str, Sequence[float]]  # measure -> ms a step by round; nfe: evaluations a forward
     means: Mapping[str, float]  # of train.Tally
     f_ms: float
     vjp_ms: float
     parameters: int
     solver: Mapping[str, Any]
     ends_at_residual: bool
+    memory: Mapping[str, float | None] = field(default_factory=dict)  # MiB of train and predict
+    flops: float | None = None  # of a training step
+    val_acc: float | None = None
 
     def median(self, measure: str) -> float:
         return clock.summary(self.times[measure])["median"]
@@ -52,7 +58,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Comparison:
-    id: str  # R1..R9, or a dash for a pair that no claim is about
+    id: str  # R1..R9, H2, H3, or a dash for a pair that no claim is about
     slower: Figures
     faster: Figures
     measure: str
@@ -66,7 +72,7 @@ class Comparison:
     @property
     def caveats(self) -> list[str]:
         found = [f"{row.label} not converged" for row in (self.slower, self.faster) if not row.converged]
-        if self.id in ("R1", "R2", "R6") and dict(self.slower.solver) != dict(self.faster.solver):
+        if self.id in ("R1", "R1b", "R2", "R2b", "R6") and dict(self.slower.solver) != dict(self.faster.solver):
             found.append("different solvers or stepping tolerances")
         return found + too_wide(self.ratio.verdict, self.ratio.low, self.ratio.high)
 
@@ -105,16 +111,34 @@ class Comparison:
                 "explained": self.explained()}  # fmt: skip
 
 
-def comparisons(rows: Sequence[Figures]) -> list[Comparison]:
-    """Every claim that the rows support; then the first row over each row that no claim has compared."""
-    by_model = {row.model: row for row in rows}
-    unique = len(by_model) == len(rows)
-    found = [_compare(c.id, by_model[c.slower], by_model[c.faster], c.measure, c.paper)
-             for c in CLAIMS if unique and c.slower in by_model and c.faster in by_model]  # fmt: skip
+@dataclass(frozen=True)
+class Stage:
+    """The rows at one point of their training."""
+
+    at: int | None  # steps; None: as they train from the first step on
+    figures: list[Figures]
+    found: list[Comparison]
+    rounds: int
+    seconds: float
+    interrupted: bool
+    steps: int  # a round
+    unsettled: list[str]
+    cold_s: float
+
+
+def comparisons(rows: Sequence[Figures], table: Table | None = None) -> list[Comparison]:
+    """Every claim that the rows support; then, of a free list, the first row over each that no claim has compared."""
+    by_name = {row.name: row for row in rows}
+    found = [_compare(c.id, by_name[c.slower], by_name[c.faster], c.measure, c.paper(table)) for c in asked(table)
+             if len(by_name) == len(rows) and c.slower in by_name and c.faster in by_name]  # fmt: skip
     told = {row.label for c in found for row in (c.slower, c.faster)}
-    found += [_compare("–", rows[0], row, "train", "") for row in rows[1:] if row.label not in told]
-    return found
+    return found + [_compare("–", rows[0], row, "train", "") for row in rows[1:] if row.label not in told and not table]
 
 
 def _compare(id: str, a: Figures, b: Figures, measure: str, paper: str) -> Comparison:
-    return Comparison(id, a, b, measure, paper, clock.ratio(a.times[measure], b.times[measure]))
+    if measure != "memory":
+        return Comparison(id, a, b, measure, paper, clock.ratio(a.times[measure], b.times[measure]))
+    mib = [row.memory.get("train") for row in (a, b)]  # one measurement each: no interval
+    value = mib[0] / mib[1] if mib[0] and mib[1] else math.nan
+    word = "not measured" if math.isnan(value) else "measured once"
+    return Comparison(id, a, b, measure, paper, Ratio(value, value, value, 1, word))

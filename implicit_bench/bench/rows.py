@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..data import Data
 from ..device import Device
 from ..record import flat
 from ..terminal import Bar, say
-from ..train import Step, Tally
+from ..train import Step, Tally, count_flops
 from .ratios import Figures
 
 
@@ -43,14 +43,25 @@ class Row:
         self.tally = Tally()
         self.batches = 0
         self.warm: clock.WarmUp | None = None
+        self.total, self.step_ms = total, math.nan
+        self.val_acc: float | None = None  # at the weights that it stands at
+        self.initial = self.state()
+        self.still: dict[str, Any] | None = None  # the state that each round begins at; None: it trains as it goes
 
     @property
     def parameters(self) -> int:
         return sum(self.model.parameter_counts().values())
 
-    def figures(self, times: Mapping[str, Sequence[float]], f_ms: float, vjp_ms: float) -> Figures:
-        return Figures(self.label, self.name, times, self.tally.means(), f_ms, vjp_ms, self.parameters,
-                       self.job.config["solver"], isinstance(self.model.layer.stop, Residual))  # fmt: skip
+    def figures(self, times: Mapping[str, Sequence[float]], unit_ms: tuple[float, float],
+                memory: Mapping[str, float | None]) -> Figures:  # fmt: skip
+        residual = isinstance(self.model.layer.stop, Residual)
+        return Figures(self.label, self.job.label or self.name, self.name, times, self.tally.means(), *unit_ms,
+                       self.parameters, self.job.config["solver"], residual, memory, self.flops, self.val_acc)
+
+    @cached_property
+    def flops(self) -> int:
+        """Floating-point operations of a training step, at the weights it is first asked at."""
+        return count_flops(self.step, *self.batch(0))
 
     def batch(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         n = self.recipe.steps_an_epoch(len(self.data.train))
@@ -62,9 +73,11 @@ class Row:
         """`steps` training steps, then as many predictions on the same batches: mean ms of each part."""
         batches = [self.batch(self.batches + i) for i in range(steps)]
         self.batches += steps
+        calls = 0
         for x, y in batches:
             task, out = self.step(x, y)
             self.tally.add(task, y, out, self.step.start_calls)
+            calls += out.layer.calls(self.step.start_calls)
         self.model.eval()
         timer = clock.StepTimer(self.device.torch)
         with torch.no_grad(), self.device.autocast():
@@ -73,13 +86,15 @@ class Row:
                 self.model(x)
                 timer.lap("predict")
         self.model.train()
+        if self.still is not None:
+            self.put({**self.still, "taken": self.step.taken})  # the steps go on: some do what others do not
         laps = {**self.step.timer.drain(wait=True), **timer.drain(wait=True)}
         means = {name: sum(values) / len(values) for name, values in laps.items()}
         self.tally.settle()
-        return {"train": means["forward"] + means["backward"] + means["optimizer"], **means}
+        return {"train": means["forward"] + means["backward"] + means["optimizer"], **means, "nfe": calls / steps}
 
-    def warm_up(self) -> float:
-        """Settle caches and allocator, then put weights and optimiser back; returns ms of a training step."""
+    def warm_up(self) -> None:
+        """Settle caches and allocator, then put weights and optimiser back; learns step_ms, of a training step."""
         times: list[float] = []
 
         def run() -> float:
@@ -89,17 +104,26 @@ class Row:
 
         with self.unchanged():
             self.warm = clock.warm_up(run)
-        return times[-1]
+        self.step_ms = times[-1]
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
         """Weights and optimiser are put back, and the batches begin again."""
-        holders = [self.model, *self.step.stateful]
-        state = [copy.deepcopy(holder.state_dict()) for holder in holders]
+        before = self.state()
         yield
-        for holder, before in zip(holders, state):
-            holder.load_state_dict(before)
-        self.batches, self.step.taken, self.step.nonfinite, self.tally = 0, 0, 0, Tally()
+        self.put(before)
+        self.batches, self.tally = 0, Tally()
+
+    def state(self) -> dict[str, Any]:
+        """A copy of the model's and of what is stateful in a step."""
+        return copy.deepcopy({"model": self.model.state_dict(), "taken": self.step.taken,
+                              "step_state": [part.state_dict() for part in self.step.stateful]})  # fmt: skip
+
+    def put(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        for part, own in zip(self.step.stateful, state["step_state"]):
+            part.load_state_dict(own)
+        self.step.taken, self.step.nonfinite = state["taken"], 0
 
     @property
     def cell(self) -> Any:
@@ -166,7 +190,7 @@ def labels(jobs: Sequence[config.Composed], overrides: Sequence[str]) -> list[st
     names = []
     for job in jobs:
         values = dict(o.split("=", 1) for o in job.overrides)
-        name = " ".join(_said(key, values[key]) for key in swept) or job.config["model"]["name"]
+        name = job.label or " ".join(_said(key, values[key]) for key in swept) or job.config["model"]["name"]
         steps = job.config["stop"].get("steps")
         names.append(name if steps is None else f"{name} ×{steps}")
     return [n if names.count(n) == 1 else f"{n} #{names[: i + 1].count(n)}" for i, n in enumerate(names)]

@@ -108,9 +108,10 @@ def compare(rows: Sequence[Row], top: Path, logger: str | None = None) -> None:
                 "base": rows[0].label, "window": WINDOW, "share": SHARE}  # fmt: skip
     rec = record.new_record("compare", identity, **{key: first[key] for key in (
         "experiment", "protocol", "length", "data")}, environment={**first["environment"]})  # fmt: skip
-    rec |= {"rows": figures, "ratios": found}
     lines = [line(each) for each in found]
     table = COLUMNS, [_cells(f) for f in figures]
+    rec |= {"rows": figures, "ratios": found, "scalars": [[0, ratios.scalars(lines)]],
+            "tables": {"rows": table, "ratios": [ratios.COLUMNS, [ratios.cells(each) for each in lines]]}}  # fmt: skip
     _print(rows, pairs, rec, lines, table)
     _keep(rec, lines, table, top / record.folder_name("compare", _dataset(first), None, rec["run_id"]),
           _sink(logger, first["config"].get("logger") or {}))  # fmt: skip

@@ -9,7 +9,7 @@ from functools import cached_property
 from statistics import fmean, geometric_mean, median_low, stdev
 from typing import Any
 
-from ..bench.claims import CLAIMS
+from ..bench.claims import asked
 from ..record import CONVERGED_ENOUGH, read_jsonl
 from ..report.ratios import Line, too_wide
 from .rows import Row, Run
@@ -99,10 +99,10 @@ class Pair:
     def record(self, measure: str) -> dict[str, Any]:
         """One comparison, as bench's records have theirs; value None where there is none, and `verdict` says why."""
         names = (self.base.first.model, self.other.first.model)
-        claim = next((c for c in CLAIMS if (c.slower, c.faster, c.measure) == (*names, "train")), None)
+        claim = next((c for c in asked(None) if (c.slower, c.faster, c.measure) == (*names, "train")), None)
         found: dict[str, Any] = {
             "id": claim.id if claim else "–", "numerator": self.base.label, "denominator": self.other.label,
-            "measure": measure, "paper": claim.paper if claim and measure == "step" else "",
+            "measure": measure, "paper": claim.paper(None) if claim and measure == "step" else "",
             "value": None, "low": None, "high": None, "n": len(self.seeds), "seeds": {},
         }  # fmt: skip
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from . import tables
 
 COLUMNS = ["id", "pair", "measure", "ratio", "95 %", "verdict", "paper", "caveat"]
 VERBS = {"train": "trains", "backward": "runs its backward", "predict": "predicts", "step": "takes a training step",
-         "epochs": "trains as many epochs", "accuracy": "reaches the same accuracy"}  # fmt: skip
+         "epochs": "trains as many epochs", "accuracy": "reaches the same accuracy", "nfe": "needs"}  # fmt: skip
+WORDS = {"nfe": {"faster": "fewer evaluations", "slower": "more evaluations"}}  # where it is no time
 
 
 class Line(NamedTuple):
@@ -30,6 +32,20 @@ class Line(NamedTuple):
     caveats: Sequence[str] = ()
 
 
+def scalars(lines: Sequence[Line]) -> dict[str, float]:
+    """What W&B is told: speedup.R1.train, or speedup.R4.train.skip_cdeq where several rows have one; a pair that no
+    claim is about by its rows."""
+    found: dict[str, float] = {}
+    many = Counter((each.id, each.measure) for each in lines)
+    for each in lines:
+        if each.value is None:
+            continue
+        name = each.id if each.id != "–" else f"{each.slower}_over_{each.faster}"
+        more = f".{each.faster}" if each.id != "–" and many[each.id, each.measure] > 1 else ""
+        found[f"speedup.{name}.{each.measure}{more}".replace(" ", "_")] = each.value
+    return found
+
+
 def too_wide(verdict: str, low: float, high: float) -> list[str]:
     """The caveat of an interval in which a difference worth having may hide."""
     return ["interval too wide to tell"] if verdict == "no difference" and high > 1.2 * low else []
@@ -37,7 +53,8 @@ def too_wide(verdict: str, low: float, high: float) -> list[str]:
 
 def cells(line: Line) -> list[str]:
     """id, pair, measure, ratio, interval, verdict, what the paper has and what speaks against comparing."""
-    verdict = f"{line.faster} {line.verdict}" if line.verdict in ("faster", "slower") else line.verdict
+    verdict = WORDS.get(line.measure, {}).get(line.verdict, line.verdict)
+    verdict = f"{line.faster} {verdict}" if line.verdict in ("faster", "slower") else verdict
     return [line.id, f"{line.slower} / {line.faster}", line.measure,
             "–" if line.value is None else f"{line.value:.2f}×",
             "–" if line.low is None else f"[{line.low:.2f}, {line.high:.2f}]", verdict,
@@ -56,7 +73,8 @@ def sentence(line: Line) -> str:
         return f"{pair}: {line.verdict} in {line.measure} here, {value:.2f}×{interval}{paper}"
     if line.verdict == "slower":
         value, low, high = 1 / value, 1 / high, 1 / low
-    return (f"{line.faster} {VERBS[line.measure]} {value:.2f}× [{low:.2f}, {high:.2f}] {line.verdict} than "
+    verdict = WORDS.get(line.measure, {}).get(line.verdict, line.verdict)
+    return (f"{line.faster} {VERBS[line.measure]} {value:.2f}× [{low:.2f}, {high:.2f}] {verdict} than "
             f"{line.slower} here{paper}")  # fmt: skip
 
 

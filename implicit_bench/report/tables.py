@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[Any]], spell: Spell | N
             break
     print(shown)
     if left_out:
-        print(f" ({', '.join(left_out)}: no room in {width} columns; a wider window or format=md has them)")
+        said = f"({', '.join(left_out)}: no room in {width} columns; a wider window or format=md has them)"
+        print(textwrap.indent(textwrap.fill(said, width - 1), " "))
 
 
 def _cell(value: Any) -> str:

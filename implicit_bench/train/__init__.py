@@ -4,7 +4,7 @@ from .checkpoint import CheckpointError
 from .evaluate import accuracy_within, budgets, evaluate
 from .loop import Fit, Interrupted
 from .recipe import Recipe
-from .step import NonFinite, Step, Tally
+from .step import NonFinite, Step, Tally, count_flops
 
 __all__ = ["CheckpointError", "Fit", "Interrupted", "NonFinite", "Recipe", "Step", "Tally", "accuracy_within",
-           "budgets", "evaluate"]  # fmt: skip
+           "budgets", "count_flops", "evaluate"]  # fmt: skip

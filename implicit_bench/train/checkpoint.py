@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,25 @@ class CheckpointError(RuntimeError):
 def save(folder: Path, content: dict[str, Any]) -> None:
     """Write last.pt; the one before it becomes previous.pt. A crash at any moment leaves a whole checkpoint."""
     last, previous = (folder / name for name in NAMES)
-    temporary = folder / f".last.pt.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({**content, "rng": rng_state()}, file)
-            file.flush()
-            os.fsync(file.fileno())
+
+    def keep_the_one_before() -> None:
         if last.exists():
             previous.unlink(missing_ok=True)
             os.link(last, previous)
-        os.replace(temporary, last)
+
+    write(last, {**content, "rng": rng_state()}, keep_the_one_before)
+
+
+def write(path: Path, content: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
+    """A file that is there whole or not at all; `before` is called when only its name is missing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        before()
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

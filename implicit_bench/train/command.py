@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from .. import clock, config, machine, record
 from ..core import Status
@@ -25,7 +24,7 @@ from ..log import Sink
 from ..mirror import sweep
 from ..sync import replay
 from ..terminal import duration, progress, say, share
-from . import CheckpointError, Fit, Interrupted, NonFinite, Step, accuracy_within, budgets, evaluate
+from . import CheckpointError, Fit, Interrupted, NonFinite, Step, accuracy_within, budgets, count_flops, evaluate
 
 SAVED = ("last.pt", "previous.pt")
 
@@ -149,7 +148,8 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
         finally:
             _fill(rec, fit)
         _test(rec, model, data, parts.recipe.eval_batch, device)
-        rec["flops"]["step"] = _flops(step, data, device)
+        x, y = data.batch(data.train, torch.arange(min(parts.recipe.batch, len(data.train)), device=device.torch))
+        rec["flops"]["step"] = count_flops(step, device.images(x), y)
         code = 0
     except (Interrupted, KeyboardInterrupt):
         code = 130
@@ -198,28 +198,6 @@ def _test(rec: dict[str, Any], model: Any, data: Data, batch: int, device: Devic
     within = accuracy_within(model, data, data.test, batch, device, budgets(model))
     rec["metrics"]["test_acc_within"] = {str(k): v for k, v in within.items()}
     rec["metrics"]["start_acc"] = within.get(0)
-
-
-class _NoModules:
-    """Stands in for the counter's module tracker, which cannot follow a backward that solves a linear system."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
-def _flops(step: Step, data: Data, device: Device) -> int:
-    """Floating-point operations of one forward and backward, counted by torch (2 a multiply-add), after training."""
-    index = torch.arange(min(step.recipe.batch, len(data.train)), device=device.torch)
-    x, y = data.batch(data.train, index)
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
-    with counter:
-        out = step.model(device.images(x))
-        torch.nn.functional.cross_entropy(out.logits, y).backward()
-    step.model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
 
 
 def _header(job: config.Composed, folder: Path, rec: dict[str, Any], counts: dict[str, int],

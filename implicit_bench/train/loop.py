@@ -80,6 +80,7 @@ class Fit:
         self.log_steps, self.save_s, self.before_table = log_steps, save_s, before_table
         self.steps_an_epoch = recipe.steps_an_epoch(len(data.train))
         self.total = recipe.total_steps(len(data.train))
+        self.end = self.total  # of this call of `run`
         self.at = Progress()
         self.saved_step = -1
         self._fetch = StepTimer(device.torch)
@@ -111,13 +112,15 @@ class Fit:
         })  # fmt: skip
         self.saved_step = self.step.taken
 
-    def run(self, say: Callable[[str], None]) -> None:
-        """Train to the end. Raises Interrupted after saving, NonFinite without."""
-        bar = Bar(self.total, "steps", self.step.taken)
+    def run(self, say: Callable[[str], None], until: int | None = None) -> None:
+        """Train to the end, or `until` so many steps are taken and saved. Raises Interrupted after saving, NonFinite
+        without."""
+        self.end = min(until or self.total, self.total)
+        bar = Bar(self.end, "steps", self.step.taken)
         self._headed = False
         try:
             with finishing_on_signals() as asked:
-                while self.step.taken < self.total:
+                while self.step.taken < self.end:
                     self._epoch(bar, asked, say)
         finally:
             bar.close()
@@ -130,7 +133,7 @@ class Fit:
         tally = Tally(at.tally)
         last_save = time.perf_counter()
         began, first, saving = last_save, step.taken, 0.0
-        steps = min(self.steps_an_epoch - at.batch, self.total - step.taken)
+        steps = min(self.steps_an_epoch - at.batch, self.end - step.taken)
         stream = data.batches(data.train, B, order, at.batch, at.batch + steps, augment=(self.seed, at.epoch))
         with closing(stream) as batches:
             for _ in range(steps):
@@ -156,6 +159,9 @@ class Fit:
                     self.save(tally)
                     last_save = time.perf_counter()
                     saving += last_save - now
+        if step.taken < self.total and at.batch < self.steps_an_epoch:
+            self.save(tally)  # in the midst of an epoch, which goes on when `run` is called again
+            return
         tally.settle()
         whole = steps == min(self.steps_an_epoch, self.total)
         self._close_epoch(tally, bar, time.perf_counter() - began - saving if whole else None)
@@ -217,7 +223,7 @@ class Fit:
         return f"{speed} · loss {m['loss']:.3f}{more}"
 
     def _warn_if_long(self, step_s: float, say: Callable[[str], None]) -> None:
-        left = step_s * (self.total - self.step.taken)
+        left = step_s * (self.end - self.step.taken)
         if left > 3600:
             short, smoke = step_s * 3 * self.steps_an_epoch, step_s * 100 * 32 / self.recipe.batch
             say(f"about {duration(left)} on this machine at {number(step_s * 1e3)} ms a step; length=short trains 3 "

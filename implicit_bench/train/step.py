@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..adjoints import BackwardLog
 from ..clock import StepTimer
@@ -136,3 +137,22 @@ class Step:
                 f"{self.taken}; lower recipe.lr, set recipe.clip=1, or use recipe.on_nonfinite=skip_step"
             )
         return task, out
+
+
+def count_flops(step: Step, x: Tensor, y: Tensor) -> int:
+    """Floating-point operations of one forward and backward, counted by torch (2 a multiply-add)."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with counter:
+        nnf.cross_entropy(step.model(x).logits, y).backward()
+    step.model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+class _NoModules:
+    """Stands in for the counter's module tracker, which cannot follow a backward that solves a linear system."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...

@@ -2,9 +2,12 @@ from dataclasses import replace
 
 import pytest
 
-from implicit_bench.bench.command import _cells, _sentence, _table, seconds
+from implicit_bench import papers
+from implicit_bench.bench import show
+from implicit_bench.bench.command import seconds
 from implicit_bench.bench.ratios import Figures, comparisons
 from implicit_bench.config import UsageError
+from implicit_bench.report import ratios
 
 
 def row(model, train, *, nfe=(20, 10), backward_calls=0, converged=1.0, residual=True, solver=None, noise=0.001):
@@ -12,7 +15,11 @@ def row(model, train, *, nfe=(20, 10), backward_calls=0, converged=1.0, residual
     means = {"nfe_forward": nfe[0], "nfe_backward": nfe[1], "calls_backward": backward_calls, "residual": 0.005,
              "converged_fraction": converged}  # fmt: skip
     series = {"train": times, "backward": [t / 2 for t in times], "predict": [t / 4 for t in times]}
-    return Figures(model, model, series, means, 0.1, 0.2, 1000, solver or {"rtol": 1e-3}, residual)
+    return Figures(model, model, model, series, means, 0.1, 0.2, 1000, solver or {"rtol": 1e-3}, residual)
+
+
+def said(c):
+    return ratios.sentence(show.line(c))
 
 
 NODE = row("neural_ode", 15.0, nfe=(50, 30), backward_calls=30, residual=False)
@@ -65,19 +72,65 @@ def test_what_speaks_against_a_comparison_stands_beside_it():
 
 def test_sentences_say_slower_as_plainly_as_faster():
     slow = row("cdeq", 30.0)
-    sentence = _sentence(comparisons([NODE, slow])[0])
+    sentence = said(comparisons([NODE, slow])[0])
     assert sentence.startswith("cdeq trains 2.00× [")
     assert sentence.endswith("] slower than neural_ode here (paper 2.14–4.10×)")
-    same = _sentence(comparisons([row("deq", 1.0), row("resnet", 1.0)])[0])
+    same = said(comparisons([row("deq", 1.0), row("resnet", 1.0)])[0])
     assert same.startswith("deq / resnet: no difference in train here, 1.00× [")
 
 
-def test_the_table_has_a_row_each_and_failed_ones_say_so():
-    columns, rows = _table([NODE, CDEQ], {"deq": "RuntimeError: boom"})
-    assert rows[0][columns.index("calls f/vjp")] == "80.0/30.0"
-    assert rows[0][columns.index("residual")] == "–"
-    assert rows[1][columns.index("×floor")] == f"{5.0 / (20 * 0.1 + 10 * 0.2):.2f}"
-    assert rows[2] == ["deq", *["failed"] * 8]
+def test_a_row_of_the_table_has_what_stands_beside_a_time():
+    known = replace(CDEQ, memory={"train": 12.5}, flops=2e9, val_acc=0.75)
+    node, cdeq = (dict(zip(show.COLUMNS, show.cells(f))) for f in (NODE, known))
+    assert node["calls f/vjp"] == "80.0/30.0"
+    assert node["residual"] == node["val acc"] == node["MiB"] == node["GFLOP/s"] == "–"
+    assert cdeq["×floor"] == f"{5.0 / (20 * 0.1 + 10 * 0.2):.2f}"
+    assert (cdeq["val acc"], cdeq["MiB"], cdeq["GFLOP/s"]) == ("0.750", "12.5", "400")  # 2e9 in 5 ms
+
+
+SMALL = papers.table("cdeq_cifar10_small")
+HOMO = papers.table("homo_ode")
+
+
+def named(name, model, train, **how):
+    return replace(row(model, train, **how), name=name, label=name)
+
+
+def test_a_table_has_its_own_claims_and_the_papers_ratio_of_its_cells():
+    rows = [row("cdeq", 5.0), row("skip_cdeq", 4.0), NODE, named("cdeq f_zero", "cdeq", 3.0)]
+    found = {(c.id, c.slower.label, c.faster.label, c.measure): c.paper for c in comparisons(rows, SMALL)}
+    assert found["R1", "neural_ode", "cdeq", "train"] == "2.14×"
+    assert found["R1b", "neural_ode", "skip_cdeq", "train"] == "2.00×"
+    assert found["R4", "cdeq", "skip_cdeq", "train"] == "0.93×"
+    assert found["R3", "cdeq", "skip_cdeq", "backward"] == "0.89×"
+    assert not any("cdeq f_zero" in key for key in found)  # a row of the same model is not mistaken for the paper's
+
+
+def test_the_second_papers_acceleration_is_of_evaluations_and_its_memory_is_measured_once():
+    def started(name, nfe, mib):
+        found = named(name, "homo_ode", 1.0)
+        return replace(found, times={**found.times, "nfe": [nfe + (i % 3) for i in range(60)]}, memory={"train": mib})
+
+    rows = [started("homo_ode", 20, 50.0), started("homo_ode zero", 30, 60.0), started("neural_ode", 25, 100.0)]
+    h2, h3 = comparisons(rows, HOMO)
+    assert (h2.id, h2.slower.label, h2.measure, h2.ratio.value) == ("H2", "neural_ode", "memory", 2.0)
+    assert show.line(h2).low is None
+    assert (h3.id, h3.slower.label, h3.measure) == ("H3", "homo_ode zero", "nfe")
+    assert h3.ratio.value == pytest.approx(31 / 21)
+    assert h3.ratio.verdict == "faster"
+    assert said(h3).startswith("homo_ode needs 1.48× [")
+    assert "] fewer evaluations than homo_ode zero here" in said(h3)
+    unknown = comparisons([replace(rows[0], memory={}), rows[2]], HOMO)[0]
+    assert ratios.cells(show.line(unknown))[3:6] == ["–", "–", "not measured"]
+
+
+def test_what_wandb_is_told_has_a_name_for_every_ratio():
+    rows = [row("cdeq", 5.0), row("skip_cdeq", 4.0), row("skip_reg_cdeq", 2.5), NODE]
+    found = ratios.scalars([show.line(c) for c in comparisons(rows)])
+    assert found["speedup.R1.train"] == pytest.approx(3.0)
+    assert found["speedup.R4.train.skip_reg_cdeq"] == pytest.approx(2.0)
+    pair = ratios.scalars([show.line(c) for c in comparisons([row("deq", 1.0), row("explicit", 2.0)])])
+    assert pair == {"speedup.deq_over_explicit.train": pytest.approx(0.5)}
 
 
 TIMES = [("20s", 20), ("5m", 300), ("1h", 3600), ("90s", 90), ("1.5m", 90), (None, None)]
@@ -102,8 +155,7 @@ def test_only_training_times_are_explained_and_only_by_prices_that_can_be_right(
     (r1, *_) = comparisons([NODE, absurd])
     assert r1.explained() is None
     assert r1.why() == ""
-    columns, rows = _table([NODE, absurd], {})
-    assert rows[1][columns.index("×floor")] == "–"
+    assert show.cells(absurd)[show.COLUMNS.index("×floor")] == "–"
 
 
 def test_an_interval_that_settles_nothing_says_so():
@@ -116,6 +168,6 @@ def test_an_interval_that_settles_nothing_says_so():
 
 def test_too_few_rounds_give_no_interval():
     few = [replace(r, times={k: v[:5] for k, v in r.times.items()}) for r in (NODE, CDEQ)]
-    cells = _cells(comparisons(few)[0])
+    cells = ratios.cells(show.line(comparisons(few)[0]))
     assert cells[4:6] == ["–", "too few rounds"]
-    assert _cells(comparisons([NODE, CDEQ])[0])[5] == "cdeq faster"
+    assert ratios.cells(show.line(comparisons([NODE, CDEQ])[0]))[5] == "cdeq faster"

@@ -33,7 +33,7 @@ def test_rows_see_the_same_batches_and_start_from_the_same_weights(made):
 def test_a_measurement_times_each_part_and_counts_exactly(made):
     (row,) = made("explicit")
     found = row.measure(3)
-    assert set(found) == {"train", "forward", "backward", "optimizer", "predict"}
+    assert set(found) == {"train", "forward", "backward", "optimizer", "predict", "nfe"}
     assert min(found.values()) > 0
     assert found["train"] == pytest.approx(found["forward"] + found["backward"] + found["optimizer"])
     means = row.tally.means()
@@ -46,7 +46,7 @@ def test_backsolve_counts_its_own_calls_of_f(made):
     row.measure(2)
     means = row.tally.means()
     assert means["calls_backward"] == means["nfe_backward"] > 0
-    figures = row.figures({"train": [1.0]}, 0.5, 2.0)
+    figures = row.figures({"train": [1.0]}, (0.5, 2.0), {})
     assert figures.f_calls == means["nfe_forward"] + means["calls_backward"]
     assert figures.floor_ms == pytest.approx(figures.f_calls * 0.5 + means["nfe_backward"] * 2.0)
 

@@ -83,8 +83,7 @@ def test_node_conv_has_the_parameters_of_anodes_code(shape, inject, total):
     ("net", "settings", "sentence"),
     [(HomoConv, {"width": -4}, "network.width=-4, network.features=-16 and network.groups=32 must be at least 1"),
      (HomoConv, {"dropout": 1.0}, "network.dropout=1.0 must be a probability below 1"),
-     (HomoConv, {"untied": 3, "inject": "state"}, "network.untied=3 must not be negative, and is for "
-      "network.inject=field"),
+     (HomoConv, {"untied": 3, "inject": "state"}, "network.untied=3 is for network.inject=field, not state"),
      (NodeConv, {"extra": 0}, "network.filters=125 and network.extra=0 must be at least 1"),
      (NodeConv, {"untied": -1}, "network.untied=-1 must not be negative")],
 )  # fmt: skip

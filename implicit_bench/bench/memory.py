@@ -1,0 +1,115 @@
+"""Peak memory of a training step and of a prediction, each row's in a process of its own: above what stood there before
+it (weights, optimiser, data, libraries). `python -m implicit_bench.bench.memory` is that process's program.
+
+On a CPU it is the resident set's high-water mark, under the allocator's policy without its padding; on CUDA torch's
+own count, taken in the process that times.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import config, machine
+from .rows import Row
+
+Peak = dict[str, float | None]  # of train and predict, MiB
+NOTHING: Peak = {"train": None, "predict": None}
+
+
+def peaks(rows: Sequence[Row], weights: Sequence[Path | None]) -> tuple[list[Peak], dict[str, str]]:
+    """Of each row, with its weights from a file of bench/trained.py; and why those without one have none, by label."""
+    if not rows:
+        return [], {}
+    if rows[0].device.torch.type == "cuda":
+        return [_peak(row, _cuda) for row in rows], {}
+    asked = json.dumps([[row.job.config, path and str(path)] for row, path in zip(rows, weights)])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-m", __name__], input=asked, stdout=subprocess.PIPE, text=True, env=env)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found += [{"error": "the process that measures memory ended early"}] * (len(rows) - len(found))
+    failed = {row.label: str(f["error"]) for row, f in zip(rows, found) if "error" in f}
+    return [NOTHING if "error" in f else f for f in found], failed
+
+
+def _cuda(row: Row, work: Callable[[], Any]) -> float:
+    before = torch.cuda.memory_allocated(row.device.torch)
+    machine.reset_peak_memory(row.device.torch)
+    work()
+    return torch.cuda.max_memory_allocated(row.device.torch) / 2**20 - before / 2**20
+
+
+def _resident(row: Row, work: Callable[[], Any]) -> float | None:
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what an earlier step has left
+    if not machine.reset_peak_memory():
+        return None
+    before = machine.peak_memory_mib()
+    work()
+    after = machine.peak_memory_mib()
+    return None if before is None or after is None else after - before
+
+
+def _peak(row: Row, measure: Callable[[Row, Callable[[], Any]], float | None]) -> Peak:
+    """Of second calls: the first makes the optimiser's moments and the libraries' own memory."""
+    x, y = row.batch(0)
+
+    def predict() -> None:
+        with torch.no_grad(), row.device.autocast():
+            row.model(x)
+
+    with row.unchanged():
+        row.step(x, y)
+        row.model.zero_grad(set_to_none=True)
+        found = {"train": measure(row, lambda: row.step(x, y))}
+        row.model.zero_grad(set_to_none=True)
+        row.model.eval()
+        predict()
+        found["predict"] = measure(row, predict)
+        row.model.train()
+    return found
+
+
+def main() -> None:
+    """Standard input: a list of [resolved config, file of weights or null], of one data set. A line of JSON each."""
+    asked: list[tuple[dict[str, Any], str | None]] = json.load(sys.stdin)
+    torch.set_num_threads(1)  # a process whose threads have begun cannot fork
+    first = asked[0][0]
+    data = config.make(first["dataset"], "dataset").load(Path(first["paths"]["data"]), torch.device("cpu"))
+    for cfg, weights in asked:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                device = config.make(cfg["gpu"], "gpu")
+                device.begin()
+                if device.wants_policy:
+                    machine.set_allocator_policy(top_pad=False)
+                row = Row("", config.Composed(cfg, {}), data, device)
+                if weights:
+                    row.put(torch.load(weights, weights_only=True))
+                print(json.dumps(_peak(row, _resident)), flush=True)
+            except BaseException as error:
+                print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status == -signal.SIGKILL:
+            batch = cfg["recipe"]["batch"]
+            print(json.dumps({"error": f"out of memory at recipe.batch={batch}; lower it"}), flush=True)
+        elif status:
+            print(json.dumps({"error": f"the process that measures memory ended with {status}"}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Weights along training, at which rows are timed: trained once by the loop that `train` has, and kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .. import record
+from ..lock import RunLock
+from ..terminal import progress
+from ..train import Fit, checkpoint, evaluate
+from .rows import Row
+
+SEEN = 500  # validation images, for the accuracy that stands beside a time
+
+
+def where(row: Row, k: int) -> Path:
+    """The file that keeps the row's state after k steps."""
+    cfg = {key: value for key, value in row.job.config.items() if key not in record.MEASURING}
+    name = record.folder_name(row.name, row.job.choices["dataset"], cfg["seed"], record.run_id(cfg))
+    return Path(cfg["paths"]["runs"], ".trained", name, f"at-{k}.pt")
+
+
+def trained(row: Row, at: Sequence[int]) -> None:
+    """Train the row to each of these steps, as far as that has not been done; its own weights stay what they are.
+
+    A training that was interrupted goes on where it stood. Nothing is pretrained. Raises train.Interrupted after
+    saving, train.NonFinite.
+    """
+    missing = sorted(k for k in at if k and not where(row, k).exists())
+    if not missing:
+        return
+    folder, cfg = where(row, 0).parent, row.job.config
+    with RunLock(folder), row.unchanged(), contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl:
+        fit = Fit(row.model, row.step, row.data, row.recipe, row.device, cfg["seed"], folder, jsonl,
+                  lambda values, step: None, **cfg["progress"])  # fmt: skip
+        begun = checkpoint.load(folder, torch.device("cpu"), lambda line: None)
+        if begun and begun["step"] > missing[0]:  # past it: once more from the beginning
+            for name in checkpoint.NAMES:
+                (folder / name).unlink(missing_ok=True)
+        torch.manual_seed(cfg["seed"])  # dropout
+        fit.resume(lambda line: progress("note", line))
+        for k in missing:
+            progress("train", f"{row.label} to step {k:,}, kept in {folder}/")
+            fit.run(lambda line: None, until=k)
+            val = row.data.val.first(SEEN)
+            seen = evaluate(row.model, row.data, val, row.recipe.eval_batch, row.device) if len(val) else {"acc": None}
+            checkpoint.write(where(row, k), {**row.state(), "val_acc": seen["acc"]})
+
+
+def put(row: Row, k: int) -> None:
+    """Let the row be timed at its weights after k steps, where they stand still."""
+    row.still = row.initial if k == 0 else torch.load(where(row, k), map_location=row.device.torch, weights_only=True)
+    row.val_acc = row.still.get("val_acc")
+    row.put(row.still)

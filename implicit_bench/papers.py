@@ -1,0 +1,123 @@
+"""What configs/table/ says: the rows of a paper's table, as words to run, and the published cells beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from .schema import UsageError, files, nearest
+
+KEYS = ("title", "source", "inherits", "words", "on_cpu", "claims", "rows")
+ROW_KEYS = ("words", "published", "more")
+
+
+@dataclass(frozen=True)
+class Row:
+    """`published` cells are numbers or [mean, sd]; an absent one is not known. `more`: only when it is asked for."""
+
+    words: list[str] = field(default_factory=list)
+    published: dict[str, Any] = field(default_factory=dict)
+    more: bool = False
+
+    def cell(self, *names: str) -> float | None:
+        """The first of the cells that is published, its mean."""
+        for name in names:
+            if (value := self.published.get(name)) is not None:
+                return float(value[0] if isinstance(value, (list, tuple)) else value)
+        return None
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    source: str
+    words: list[str]  # of every row
+    on_cpu: list[str]  # of every row where there is no GPU
+    claims: list[str]  # ids of bench/claims.py
+    rows: dict[str, Row]
+
+    def chosen(self, names: Sequence[str] | None) -> dict[str, Row]:
+        """The rows named, or all but those that are to be asked for; [all] is really all. Raises UsageError."""
+        if not names:
+            return {name: row for name, row in self.rows.items() if not row.more}
+        if list(names) == ["all"]:
+            return dict(self.rows)
+        for name in names:
+            if name not in self.rows:
+                raise UsageError(f"table={self.name} has no row {name!r}{nearest(name, [*self.rows, 'all'])}")
+        return {name: self.rows[name] for name in names}
+
+    def jobs(self, names: Sequence[str] | None, own: Sequence[str], cpu: bool) -> dict[str, list[str]]:
+        """The words of each row, those of the command line last; a key that it sets is taken out of the table's.
+        Raises UsageError where it would make the rows alike."""
+        said = {_key(word) for word in own}
+        common = [*self.words, *(self.on_cpu if cpu else [])]
+        found = {}
+        for name, row in self.chosen(names).items():
+            if taken := [word for word in row.words if _key(word) in said]:
+                raise UsageError(f"table={self.name} says {taken[0]} for its row {name}; choose among its rows with "
+                                 f"rows={','.join([*self.rows][:2])} or leave table= out")  # fmt: skip
+            found[name] = [*(word for word in common if _key(word) not in said), *row.words, *own]
+        return found
+
+
+def rows(words: Sequence[str], search: Sequence[str] = ()) -> tuple[Table, dict[str, list[str]]] | None:
+    """The table= among a command line's words, and the words of each of its rows; None without one. Raises UsageError.
+
+    Hydra sees neither table= nor rows=: they say which jobs there are, and nothing of any one.
+    """
+    from . import config
+
+    said = {o.key_or_group: o for o in config.parse(words)}
+    if "table" not in said:
+        if "rows" in said:
+            raise UsageError("rows= chooses among the rows of a table; add table=cdeq_cifar10_small or the like")
+        return None
+    if lists := [o.input_line for o in said.values() if o.is_sweep_override()]:
+        raise UsageError(f"{lists[0]!r} lists values, but a table has its rows already; give one value, or leave "
+                         f"{said['table'].input_line} out")  # fmt: skip
+    gpu, chosen = said.get("gpu"), said["rows"].value() if "rows" in said else []
+    found = table(str(said["table"].value()), tuple(search))
+    own = [o.input_line for key, o in said.items() if key not in ("table", "rows")]
+    return found, found.jobs([str(name) for name in chosen], own, _on_cpu(gpu and str(gpu.value())))
+
+
+def _on_cpu(gpu: str | None) -> bool:
+    if gpu in ("cpu", "cuda"):
+        return gpu == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+@cache
+def table(name: str, search: tuple[str, ...] = ()) -> Table:
+    """Read configs/table/NAME.yaml, or a file of --config-dir. Raises UsageError."""
+    from .config import alone
+
+    found = files("table", search)
+    if name not in found:
+        raise UsageError(f"no table {name!r}{nearest(name, list(found))}")
+    said = alone(found[name])
+    for key in said:
+        if key not in KEYS:
+            raise UsageError(f"{found[name]}: no key {key!r}{nearest(key, KEYS)}")
+    rows: dict[str, Any] = said.get("rows") or {}
+    for label, row in rows.items():
+        for key in row if isinstance(row, dict) else [str(row)]:
+            if key not in ROW_KEYS:
+                raise UsageError(f"{found[name]}: row {label} has no key {key!r}{nearest(key, ROW_KEYS)}")
+    base = table(said["inherits"], search) if said.get("inherits") else Table(name, name, "", [], [], [], {})
+    merged = {label: vars(row) for label, row in base.rows.items()}
+    for label, row in rows.items():
+        merged[label] = {**merged.get(label, {}), **row}
+    return Table(name, said.get("title", base.title), said.get("source", base.source), said.get("words", base.words),
+                 said.get("on_cpu", base.on_cpu), said.get("claims", base.claims),
+                 {label: Row(**row) for label, row in merged.items()})  # fmt: skip

@@ -1,0 +1,114 @@
+"""Weights along training: the ones that `train` comes by, made once, gone on with, and still while they are timed."""
+
+import signal
+
+import jobs
+import pytest
+import torch
+
+from implicit_bench import config
+from implicit_bench.bench import memory, rows, trained
+from implicit_bench.device import Device
+from implicit_bench.train import Interrupted, checkpoint
+from implicit_bench.train.command import train
+
+
+@pytest.fixture
+def made(tmp_path):
+    def make(model="skip_deq", *words):
+        job = config.compose("bench", jobs.words(tmp_path, f"model={model}", *words))
+        data = config.make(job.config["dataset"], "dataset").load(tmp_path)
+        return rows.Row(model, job, data, Device("cpu", threads=1))
+
+    return make
+
+
+def weights(row, k):
+    return torch.load(trained.where(row, k), weights_only=True)["model"]
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_they_are_those_of_a_training_whatever_the_steps_asked_for(made, tmp_path):
+    row, direct = made(), made("skip_deq", f"paths.runs={tmp_path / 'other'}")
+    trained.trained(row, [0, 3, 45])  # the 1,257 images hold 39 batches: within the first epoch, and the second
+    trained.trained(direct, [45])
+    assert same(weights(row, 45), weights(direct, 45))
+    assert not same(weights(row, 3), weights(row, 45))
+    words = jobs.words(tmp_path, "model=skip_deq", "recipe.max_steps=45", "recipe.schedule=constant")
+    outcome = train(config.compose("train", words), words)
+    constant = made("skip_deq", "recipe.schedule=constant")
+    trained.trained(constant, [45])
+    assert same(weights(constant, 45), checkpoint.load(outcome.folder, torch.device("cpu"), print)["model"])
+
+
+def test_what_is_there_is_not_made_again_and_what_is_earlier_is(made):
+    row = made()
+    trained.trained(row, [4])
+    before = trained.where(row, 4).stat().st_mtime_ns
+    kept = weights(row, 4)
+    trained.trained(row, [4])
+    assert trained.where(row, 4).stat().st_mtime_ns == before
+    trained.trained(row, [2, 4])
+    other = made("skip_deq", "seed=1")
+    assert trained.where(other, 2) != trained.where(row, 2)
+    trained.where(row, 4).unlink()
+    trained.trained(row, [4])  # went on from step 2
+    assert same(weights(row, 4), kept)
+
+
+def test_an_interrupted_training_goes_on(made, tmp_path, monkeypatch):
+    row = made()
+    real, taken = row.step.__class__.__call__, []
+
+    def stopping(step, x, y):
+        taken.append(step.taken)
+        if len(taken) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(step, x, y)
+
+    monkeypatch.setattr(row.step.__class__, "__call__", stopping)
+    with pytest.raises(Interrupted):
+        trained.trained(row, [5])
+    monkeypatch.undo()
+    again, whole = made(), made("skip_deq", f"paths.runs={tmp_path / 'whole'}")
+    trained.trained(again, [5])
+    assert again.step.taken == 0  # its own weights stay what they are
+    trained.trained(whole, [5])
+    assert same(weights(again, 5), weights(whole, 5))
+
+
+def test_rows_stand_still_at_their_step(made):
+    row = made()
+    trained.trained(row, [6])
+    trained.put(row, 6)
+    assert 0 <= row.val_acc <= 1
+    row.measure(2), row.measure(1)
+    assert same(row.model.state_dict(), weights(row, 6))
+    assert row.batches == 3  # other batches each
+    trained.put(row, 0)
+    assert same(row.model.state_dict(), made().model.state_dict())
+
+
+def test_a_peak_is_of_the_step_itself(made):
+    """Unrolling 40 applications of the cell keeps 40 states that JFB does not; both in a process of their own."""
+    words = ["model=deq", "solver=picard", "stop=fixed_steps", "stop.steps=40", "recipe.batch=1000"]
+    unrolled, jfb = made("deq", *words[1:], "adjoint=unroll"), made("deq", *words[1:], "adjoint=jfb")
+    (a, b), failed = memory.peaks([unrolled, jfb], [None, None])
+    assert failed == {}
+    state = 1000 * unrolled.model.layer.cell.size * 4 / 2**20  # MiB
+    assert a["train"] - b["train"] > 40 * state
+    assert b["train"] < 20 * state
+    assert 0 <= a["predict"] < a["train"]
+
+
+def test_a_row_whose_memory_cannot_be_measured_says_why(made):
+    fine, broken = made(), made()
+    broken.label = "broken"
+    broken.job.config["network"] = {**broken.job.config["network"], "hidden": -1}
+    found, failed = memory.peaks([fine, broken], [None, None])
+    assert found[0]["train"] > 0
+    assert found[1] == memory.NOTHING
+    assert "network.hidden=-1 must be at least 1" in failed["broken"]
