@@ -59,7 +59,7 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[Any]], spell: Spell | N
         if width is None or max(map(len, shown.splitlines())) <= width:
             break
     print(shown)
-    if left_out:
+    if width and left_out:
         said = f"({', '.join(left_out)}: no room in {width} columns; a wider window or format=md has them)"
         print(textwrap.indent(textwrap.fill(said, width - 1), " "))
 
