@@ -64,7 +64,11 @@ def _axes(overrides: Sequence[str], search: Sequence[str]) -> list[list[str]]:
 
     with _hydra(search):
         axes = []
-        for o in parse(overrides, GlobalHydra.instance().config_loader()):  # which glob() looks names up in
+        parsed = parse(overrides, GlobalHydra.instance().config_loader())  # which glob() looks names up in
+        keys = [o.get_key_element() for o in parsed]
+        for o in parsed:
+            if o.is_sweep_override() and keys.count(o.get_key_element()) > 1:
+                raise UsageError(f"{o.input_line!r} lists values of a key that is given twice; give it once")
             if not o.is_sweep_override():
                 axes.append([o.input_line])
             elif not o.is_discrete_sweep():

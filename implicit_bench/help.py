@@ -104,8 +104,9 @@ examples
   {PROG} bench model=neural_ode adjoint=backsolve,unroll solver=tsit5 rounds=100
   {PROG} bench table=cdeq_cifar10_small at=0,100,500 time=1h         the claims of arXiv 2201.12240, along training
 
-keys (default): rounds (60) or time=20s|5m|1h · at (null) · memory (true) · recipe.batch (32), where a table says none ·
-  table=NAME of `list tables` · rows=A,B, without which a table leaves some out; rows=all · and every key of train
+keys (default): rounds (60) or time=20s|5m|1h · at (null) · peers ([]): torchdeq,torchdiffeq · memory (true) ·
+  recipe.batch (32), where a table says none · table=NAME of `list tables` · rows=A,B, without which a table leaves
+  some out; rows=all · and every key of train
 leaves  runs/bench-DATASET-ID/   record.json, table.md, speedup.svg, wandb/ ; each call is a new attempt
 """,
     "compare": f"""{PROG} compare: ratios between trainings, from their records

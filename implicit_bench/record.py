@@ -22,7 +22,7 @@ STATUSES = ("running", "done", "failed", "interrupted")
 # Top-level config keys that say nothing about the result: labels (resolved into the rest), where to write, how to load.
 LABELS = {"model", "experiment", "protocol", "length", "logger", "paths", "force", "hydra", "progress", "loader",
           "allow_targets", "match", "match_to"}
-MEASURING = {"rounds", "time", "at", "memory"}  # of bench; train has none of it
+MEASURING = {"rounds", "time", "at", "memory", "peers"}  # of bench; train has none of it
 
 
 class RecordError(ValueError):

@@ -29,7 +29,7 @@ PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type,
     "eval.images": (int | None, 1), "eval.batch": (int, 1), "eval.steps": (list[int], 0),
     "eval.noise": (list[float], 0), "eval.blur": (list[float], 0), "eval.solvers": (list[str], 0),
     "eval.radius_images": (int, 0), "rounds": (Any, 0), "time": (Any, 0),  # bench says more of these two than a type
-    "at": (list[int] | None, 0), "memory": (bool, 0),
+    "at": (list[int] | None, 0), "memory": (bool, 0), "peers": (list[str], 0),
 }  # fmt: skip
 
 

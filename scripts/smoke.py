@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", default="runs")
     parser.add_argument("--data", default="data")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     common = [word for word in args.words if "=" in word]
     names = [word for word in args.words if "=" not in word] or EXPERIMENTS
     rows = []

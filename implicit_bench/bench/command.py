@@ -18,7 +18,7 @@ from ..log import Sink
 from ..sync import replay
 from ..terminal import Bar, duration, progress, say
 from ..train import Interrupted
-from . import memory, show
+from . import memory, peers, show
 from .ratios import Stage, comparisons
 from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round
 from .trained import put, trained, where
@@ -49,6 +49,7 @@ def agreed(jobs: Sequence[config.Composed], words: Sequence[str]) -> tuple[float
         raise config.UsageError(f"{' and '.join(said)} both say when to end; give one of them")
     if budget is None and (not isinstance(rounds, int) or rounds < 1):
         raise config.UsageError(f"rounds={rounds!r} is not possible; write a whole number, 40 or more for an interval")
+    peers.asked(first["peers"])
     if bad := [k for k in first["at"] or () if k < 0]:
         raise config.UsageError(f"at={bad[0]} is not possible; write steps of training, such as at=0,100,500")
     devices: list[Device] = [config.make(job.config["gpu"], "gpu") for job in jobs]
@@ -67,12 +68,14 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
     identity = {"rows": pruned, "rounds": rounds if budget is None else None, "time": budget}
     identity |= {"at": first["at"]} if first["at"] else {}
     identity |= {"table": table.name} if table else {}
+    identity |= {"peers": first["peers"]} if first["peers"] else {}
     what = table.name if table else jobs[0].choices["dataset"]
     folder = Path(first["paths"]["runs"]) / record.folder_name("bench", what, None, record.run_id(identity))
     environment = devices[0].environment()
     data = config.make(first["dataset"], "dataset").load(
         Path(first["paths"]["data"]), devices[0].torch, fetch=lambda line: say("data", line))  # fmt: skip
     rows = make_rows(jobs, labels(jobs, words), data, devices)
+    rows += peers.beside(rows, first["peers"])
     for k in first["at"] or ():
         if k > rows[0].total:
             raise config.UsageError(f"at={k} lies beyond the {rows[0].total:,} steps of the recipe; give fewer, or "
@@ -104,7 +107,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
          budget: float | None, began: float) -> int:  # fmt: skip
     at: list[int | None] = rows[0].job.config["at"] or [None]
     failed: Failed = {}
-    every, rows = rows, _each(rows, lambda row: trained(row, [k for k in at if k]), failed)
+    every, rows = rows, _each(rows, lambda row: None if row.peer_of else trained(row, [k for k in at if k]), failed)
     alone = machine.Alone()
     stages: list[Stage] = []
     if rows:
@@ -139,7 +142,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     return code
 
 
-def _each(rows: Sequence[Row], work: Callable[[Row], object], failed: Failed) -> list[Row]:
+def _each(rows: Sequence[Row], work: Callable[[Row], None], failed: Failed) -> list[Row]:
     """The rows for which the work could be done; the others are noted, and cost no other row anything."""
     fine = []
     for row in rows:
@@ -157,12 +160,15 @@ def _stage(rows: Sequence[Row], at: int | None, rounds: int, budget: float | Non
            jsonl: record.Jsonl) -> Stage | None:  # fmt: skip
     """The rows at one point of their training; None where none is left."""
     rows = [row for row in rows if row.label not in failed]
+    of = {row.label: row for row in rows}
     if at is not None:
-        rows = _each(rows, partial(put, k=at), failed)
+        rows = _each(rows, lambda row: put(row, at, of.get(row.peer_of, row)), failed)
+    rows = [row for row in rows if not row.peer_of or row.peer_of in of]
+    rows = _each(rows, lambda row: peers.level(row, of[row.peer_of]) if row.peer_of else None, failed)
     rows = _each(rows, lambda row: row.warm_up(), failed)
     if not rows:
         return None
-    measured = rows if rows[0].job.config["memory"] else []
+    measured = [row for row in rows if rows[0].job.config["memory"] and not row.peer_of]
     found, problems = memory.peaks(measured, [where(row, at) if at else None for row in measured])
     if unmeasured := " · ".join(f"{label}: {why}" for label, why in problems.items()):
         progress("note", f"memory not measured of {unmeasured}")

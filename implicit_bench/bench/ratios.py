@@ -33,6 +33,7 @@ class Figures:
     memory: Mapping[str, float | None] = field(default_factory=dict)  # MiB of train and predict
     flops: float | None = None  # of a training step
     val_acc: float | None = None
+    peer_of: str = ""  # the label of our row that this one of another library is beside
 
     def median(self, measure: str) -> float:
         return clock.summary(self.times[measure])["median"]
@@ -72,6 +73,9 @@ class Comparison:
     @property
     def caveats(self) -> list[str]:
         found = [f"{row.label} not converged" for row in (self.slower, self.faster) if not row.converged]
+        if self.id == "peer" and self.faster.ends_at_residual:
+            ours, theirs = (number(row.means["residual"], 2) for row in (self.faster, self.slower))
+            found.append(f"residual {ours} against its {theirs}")
         if self.id in ("R1", "R1b", "R2", "R2b", "R6") and dict(self.slower.solver) != dict(self.faster.solver):
             found.append("different solvers or stepping tolerances")
         return found + too_wide(self.ratio.verdict, self.ratio.low, self.ratio.high)
@@ -127,12 +131,17 @@ class Stage:
 
 
 def comparisons(rows: Sequence[Figures], table: Table | None = None) -> list[Comparison]:
-    """Every claim that the rows support; then, of a free list, the first row over each that no claim has compared."""
+    """Every claim that the rows support; then, of a free list, the first row over each that no claim has compared; then
+    other libraries over ours."""
+    peers, rows = [row for row in rows if row.peer_of], [row for row in rows if not row.peer_of]
     by_name = {row.name: row for row in rows}
     found = [_compare(c.id, by_name[c.slower], by_name[c.faster], c.measure, c.paper(table)) for c in asked(table)
              if len(by_name) == len(rows) and c.slower in by_name and c.faster in by_name]  # fmt: skip
     told = {row.label for c in found for row in (c.slower, c.faster)}
-    return found + [_compare("–", rows[0], row, "train", "") for row in rows[1:] if row.label not in told and not table]
+    found += [_compare("–", rows[0], row, "train", "") for row in rows[1:] if row.label not in told and not table]
+    by_label = {row.label: row for row in rows}
+    return found + [_compare("peer", peer, by_label[peer.peer_of], measure, "") for peer in peers
+                    for measure in ("train", "predict") if peer.peer_of in by_label]  # fmt: skip
 
 
 def _compare(id: str, a: Figures, b: Figures, measure: str, paper: str) -> Comparison:

@@ -45,6 +45,7 @@ class Row:
         self.warm: clock.WarmUp | None = None
         self.total, self.step_ms = total, math.nan
         self.val_acc: float | None = None  # at the weights that it stands at
+        self.peer_of = ""  # the row that another library's is beside
         self.initial = self.state()
         self.still: dict[str, Any] | None = None  # the state that each round begins at; None: it trains as it goes
 
@@ -56,7 +57,8 @@ class Row:
                 memory: Mapping[str, float | None]) -> Figures:  # fmt: skip
         residual = isinstance(self.model.layer.stop, Residual)
         return Figures(self.label, self.job.label or self.name, self.name, times, self.tally.means(), *unit_ms,
-                       self.parameters, self.job.config["solver"], residual, memory, self.flops, self.val_acc)
+                       self.parameters, self.job.config["solver"], residual, memory, self.flops, self.val_acc,
+                       self.peer_of)  # fmt: skip
 
     @cached_property
     def flops(self) -> int:

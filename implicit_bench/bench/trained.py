@@ -51,8 +51,8 @@ def trained(row: Row, at: Sequence[int]) -> None:
             checkpoint.write(where(row, k), {**row.state(), "val_acc": seen["acc"]})
 
 
-def put(row: Row, k: int) -> None:
-    """Let the row be timed at its weights after k steps, where they stand still."""
-    row.still = row.initial if k == 0 else torch.load(where(row, k), map_location=row.device.torch, weights_only=True)
+def put(row: Row, k: int, of: Row) -> None:
+    """Let the row be timed at its weights after k steps, or those of another, where they stand still."""
+    row.still = of.initial if k == 0 else torch.load(where(of, k), map_location=row.device.torch, weights_only=True)
     row.val_acc = row.still.get("val_acc")
     row.put(row.still)

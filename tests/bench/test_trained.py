@@ -83,12 +83,12 @@ def test_an_interrupted_training_goes_on(made, tmp_path, monkeypatch):
 def test_rows_stand_still_at_their_step(made):
     row = made()
     trained.trained(row, [6])
-    trained.put(row, 6)
+    trained.put(row, 6, row)
     assert 0 <= row.val_acc <= 1
     row.measure(2), row.measure(1)
     assert same(row.model.state_dict(), weights(row, 6))
     assert row.batches == 3  # other batches each
-    trained.put(row, 0)
+    trained.put(row, 0, row)
     assert same(row.model.state_dict(), made().model.state_dict())
 
 
