@@ -542,8 +542,8 @@ def test_in_a_sweep_and_before_printing_too_before_anything_runs(tmp_path, monke
     assert capsys.readouterr().err == ("implicit-bench: 'stop.tol=interval(0,1)' has no list of values; write them, or "
                                        "range(start,stop,step)\n")  # fmt: skip
     assert main(["train", "-m", "model=deq,cdeq", "seed=1", "model=skip_deq"]) == 2
-    assert capsys.readouterr().err == ("implicit-bench: 'model=deq,cdeq' lists values of a key that is given twice; give "
-                                       "it once\n")  # fmt: skip
+    assert capsys.readouterr().err == ("implicit-bench: 'model=deq,cdeq' lists values of a key that is given twice; "
+                                       "give it once\n")  # fmt: skip
 
 
 def test_what_a_command_does_not_have(capsys):
