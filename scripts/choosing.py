@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import page
 import torch
 from torch.nn import functional as nnf
 
@@ -31,7 +32,6 @@ from implicit_bench.report import tables
 from implicit_bench.terminal import duration, number, say, share
 from implicit_bench.train.command import train
 
-ROOT = Path(__file__).parent.parent
 ALWAYS = ["dataset=digits", "gpu=cpu", "gpu.threads=1", "logger=none"]
 TIGHT = ["stop.tol=1e-12", "stop.max_steps=1000"]
 
@@ -216,35 +216,18 @@ def circumstances(figures: dict[str, Any]) -> str:
     return textwrap.fill(text, 120) + "\n"
 
 
-def render(page: str, figures: dict[str, Any]) -> str:
+def render(text: str, figures: dict[str, Any]) -> str:
     """The page with its tables, and what is said of how they were measured, put between their marks."""
     parts = {"how": circumstances(figures), **{name: table(name, rows) for name, rows in figures["tables"].items()}}
-    for name, text in parts.items():
-        head, mark, rest = page.partition(f"<!-- {name} -->\n")
-        _, end, tail = rest.partition(f"<!-- /{name} -->")
-        assert end, f"the page has no marks for {name}"
-        page = f"{head}{mark}\n{text}\n{end}{tail}"
-    return page
+    return page.put(text, parts)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="sections, and overrides for every run")
-    for name, default in (("epochs", 10), ("seeds", 3), ("rounds", 40)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/choosing.md")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
-    parser.add_argument("--runs", type=Path, default=Path("runs/choosing"))
-    parser.add_argument("--render", type=Path, metavar="FILE")
-    args = parser.parse_intermixed_args()
-    if args.render:
-        args.page.write_text(render(args.page.read_text(), json.loads(args.render.read_text())))
+    parser = page.parser(__doc__, "choosing", {"epochs": 10, "seeds": 3, "rounds": 40})
+    if (args := page.asked(parser, [*SECTIONS], render)) is None:
         return 0
-    names = [word for word in args.words if "=" not in word] or [*SECTIONS]
-    if wrong := [name for name in names if name not in SECTIONS]:
-        parser.error(f"no section {wrong[0]!r}; there are: {', '.join(SECTIONS)}")
     began = time.perf_counter()
-    common = [f"recipe.epochs={args.epochs}", *(word for word in args.words if "=" in word)]
+    common = [f"recipe.epochs={args.epochs}", *args.common]
     environment = config.make(config.compose("train", ALWAYS).config["gpu"], "gpu").environment()
     folder = args.results / environment["hardware"].replace(" ", "_")
     file = folder / "choosing.json"
@@ -254,7 +237,7 @@ def main() -> int:
         "settings": {"epochs": args.epochs, "seeds": args.seeds, "rounds": args.rounds, "words": common[1:]},
         "alone": old["alone"], "tables": old["tables"],
     }  # fmt: skip
-    for name in names:
+    for name in args.names:
         figures["tables"][name], figures["alone"][name] = measure(name, common, args)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(figures, indent=1) + "\n")

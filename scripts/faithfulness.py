@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import page
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -39,7 +40,6 @@ from implicit_bench.terminal import duration, number, say, share
 from implicit_bench.train import Tally
 from implicit_bench.train.evaluate import accuracy_within, budgets, evaluate
 
-ROOT = Path(__file__).parent.parent
 Rows = list[dict[str, Any]]
 Weights = dict[str, Any]
 SKIPS = ("skip_deq", "skip_reg_deq", "skip_cdeq", "skip_reg_cdeq")
@@ -416,41 +416,23 @@ def table(name: str, found: dict[str, Any]) -> str:
     return textwrap.fill(said, 120) + "\n\n" + tables.markdown([section.first, *section.columns], cells)
 
 
-def render(page: str, figures: dict[str, Any]) -> str:
-    """The page with its tables, each under the sizes that it was measured at, put between their marks."""
-    for name in SECTIONS:
-        text = table(name, figures[name]) if name in figures else "To be measured."
-        before, mark, rest = page.partition(f"<!-- {name} -->\n")
-        _, end, tail = rest.partition(f"<!-- /{name} -->")
-        assert end, f"the page has no marks for {name}"
-        page = f"{before}{mark}\n{text}\n\n{end}{tail}"
-    return page
+def render(text: str, figures: dict[str, Any]) -> str:
+    """The page with its tables, each under the sizes that it was measured at."""
+    return page.put(text, {name: f"{table(name, figures[name])}\n" if name in figures else "To be measured.\n"
+                           for name in SECTIONS})  # fmt: skip
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="sections, and overrides for every run")
-    for key, default in zip(SIZES, (300, 500, 1000, 1000, 64, 200, 40, 40, 2)):
-        parser.add_argument(f"--{key.replace('_', '-')}", type=int, default=default)
+    parser = page.parser(__doc__, "faithfulness", dict(zip(SIZES, (300, 500, 1000, 1000, 64, 200, 40, 40, 2))))
     parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/faithfulness.md")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
-    parser.add_argument("--runs", type=Path, default=Path("runs/faithfulness"))
-    parser.add_argument("--render", type=Path, metavar="FILE")
-    args = parser.parse_intermixed_args()
-    if args.render:
-        args.page.write_text(render(args.page.read_text(), json.loads(args.render.read_text())))
+    if (args := page.asked(parser, [*SECTIONS], render)) is None:
         return 0
-    names = [word for word in args.words if "=" not in word] or [*SECTIONS]
-    if wrong := [name for name in names if name not in SECTIONS]:
-        parser.error(f"no section {wrong[0]!r}; there are: {', '.join(SECTIONS)}")
-    args.common = [word for word in args.words if "=" in word]
     gpu = config.compose("train", ["gpu=cpu", f"gpu.threads={args.threads}"]).config["gpu"]
     environment = config.make(gpu, "gpu").environment()
     file = args.results / environment["hardware"].replace(" ", "_") / "faithfulness.json"
     figures = json.loads(file.read_text()) if file.exists() else {}
     file.parent.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    for name in args.names:
         began, alone = time.perf_counter(), machine.Alone()
         rows = SECTIONS[name].measure(args)
         figures[name] = record.plain({

@@ -40,6 +40,11 @@ def test_on_gpu_without_a_gpu_says_so(tmp_path):
     assert "torch sees no CUDA device" in ran.stderr
 
 
+@pytest.fixture(autouse=True)
+def _beside_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # where a script finds what it shares with another
+
+
 def module_of(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -47,7 +52,7 @@ def module_of(name):
     return module
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def choosing():
     """scripts/choosing.py as a module."""
     return module_of("choosing")
