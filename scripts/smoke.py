@@ -22,7 +22,7 @@ FALLEN = 0.9
 
 
 def fifths(folder: Path) -> tuple[float, float]:
-    """Mean loss of the first and the last fifth, of rows that are means since the epoch began, at each fifth."""
+    """Mean loss of the first and the last fifth, of rows that are means since the epoch began."""
     means = {row["step"]: row["metrics.train_loss"] for row in record.read_jsonl(folder / "metrics.jsonl")}
     last = max(means)
     fifth = last // 5
