@@ -137,11 +137,13 @@ def benched(rows: list[list[str]], folders: list[Path], rounds: int) -> tuple[li
     for row, folder in zip(timed, folders):
         row.model.load_state_dict(torch.load(folder / "last.pt", weights_only=True)["model"])
     alone = machine.Alone()
-    steps = steps_a_round([row.warm_up() for row in timed])
+    for row in timed:
+        row.warm_up()
+    steps = steps_a_round([row.step_ms for row in timed])
     samples = clock.interleave({row.label: partial(row.measure, steps) for row in timed}, rounds=rounds)
     if samples.failed or samples.interrupted:
         sys.exit(f"bench: {samples.failed or 'interrupted'}")
-    figures = [row.figures(samples.rows[row.label], 0.0, 0.0) for row in timed]
+    figures = [row.figures(samples.rows[row.label], (0.0, 0.0), {}) for row in timed]
     slower, *others = (f.times["train"] for f in figures)
     ratios = [None, *(clock.ratio(slower, other) for other in others)]
     return [{"train_ms": f.median("train"), "backward_ms": f.median("backward"), "f_calls": f.f_calls,

@@ -223,7 +223,7 @@ def test_an_hour_is_announced_after_ten_steps(tmp_path, capsys):
     jobs.run(tmp_path, "recipe.epochs=1", "recipe.max_steps=11")
     assert "length=short" not in capsys.readouterr().err
     fit = loop.Fit.__new__(loop.Fit)
-    fit.total, fit.steps_an_epoch, fit.step = 100_000, 1000, type("S", (), {"taken": 10})
+    fit.end, fit.steps_an_epoch, fit.step = 100_000, 1000, type("S", (), {"taken": 10})
     fit.recipe = type("R", (), {"batch": 64})
     said = []
     fit._warn_if_long(1.0, said.append)
