@@ -188,7 +188,6 @@ def _train(words: Words) -> int:
     from .train.command import train
 
     [job] = match.matched([composed], words.search)
-
     return train(job, words.overrides).exit_code
 
 
