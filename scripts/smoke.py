@@ -41,7 +41,7 @@ def main() -> int:
     rows = []
     for name in names:
         for seed in range(args.seeds):
-            words = [f"experiment={name}", f"seed={seed}", "length=smoke", "logger=none", "progress.log_steps=20",
+            words = [f"experiment={name}", f"seed={seed}", "length=smoke", "logger=none", "progress.log_steps=10",
                      f"paths.runs={args.runs}", f"paths.data={args.data}", *common]  # fmt: skip
             done = train(config.compose("train", words), words)
             if done.exit_code:
