@@ -74,7 +74,8 @@ usage: {PROG} eval [run=ID|PREFIX|last] [key=value ...]
 
 Prints accuracy, loss and confusion on a split; quantiles of evaluations and residuals, evaluations of right and wrong
 answers where samples are independent; the spectral radius of df/dz at z*; accuracy when the solver may take only so
-many steps (0: the head on the start alone), under Gaussian noise and under blur. Trains nothing, changes no record.
+many steps (0: the head on the start alone), at other tolerances, under Gaussian noise and under blur. Trains nothing,
+changes no record.
 
 examples
   {PROG} eval run=last plot=true
@@ -83,6 +84,7 @@ examples
 
 keys (default): run (last) plot (false) eval.split=test|val|train (test) eval.images (null) eval.batch (500)
   eval.steps ([0,1,2,4,8,16]) eval.noise ([0.1,0.2,0.4]) eval.blur ([0.5,1.0,2.0]) eval.radius_images (100)
+  eval.tolerances ([]) such as 1e-1,1e-2,1e-3, of the residual or of the steps to an end time
   eval.solvers ([picard,anderson,broyden]) of the plot
 leaves  RUN/eval/   SPLIT.json; with plot=true residual and evaluations as .svg and .png
 """,

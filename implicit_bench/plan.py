@@ -13,7 +13,7 @@ import torch
 
 from . import config, machine, record
 from .bench.command import agreed
-from .bench.rows import labels, steps_a_round
+from .bench.rows import labels, steps_a_round, warm_steps
 from .device import Device
 from .record import RecordError
 from .report import tables
@@ -55,16 +55,18 @@ def plan_training(jobs: Sequence[config.Composed]) -> int:
 
 
 def plan_bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
-    """A line a row: ms a step as measured now, and the time of warm-up and rounds."""
+    """A line a row: ms a step as measured now, and the time of training (at=), warm-up and rounds."""
     budget, rounds, devices, _ = agreed(jobs, words)
     clock = Pace(jobs)
     steps = [clock.step_ms(job, device) for job, device in zip(jobs, devices)]
     clock.close()
-    k = steps_a_round([ms for ms, _ in steps])
+    k, at = steps_a_round([ms for ms, _ in steps]), jobs[0].config["at"] or [0]
+    points, along = len(at), max(at)
     rows, total = [], 0.0
     for name, (ms, source) in zip(labels(jobs, words), steps):
-        warm = 8 * 1.5 * 3 * ms / 1e3  # three passes of eight steps and predictions, as a rule
-        spent = (budget / len(jobs) if budget else rounds * k * 1.5 * ms / 1e3) + warm
+        warm = (1 + 3 * warm_steps(ms)) * 1.5 * ms / 1e3  # three passes of steps and predictions, as a rule
+        timed = budget / len(jobs) if budget else points * rounds * k * 1.5 * ms / 1e3
+        spent = along * ms / 1e3 + points * warm + timed
         total += spent
         rows.append([name, "to do", ms, source, spent])
     tables.show(["row", "state", "ms/step", "from", "time"], rows, {"time": duration}, spare=["from"])

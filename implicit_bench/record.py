@@ -63,7 +63,7 @@ METRICS = (
     Metric("solve.converged_fraction", "share", "higher", "Share of samples that met the stopping rule."),
     Metric("memory.peak_mib", "MiB", "lower", "Peak memory of the run: torch's on a GPU, else the whole process's."),
     Metric("flops.step", "FLOP", "lower", "Floating-point operations of a training step, counted."),
-    Metric("nonfinite_steps", "steps", "lower", "Steps skipped since a loss or gradient was not finite."),
+    Metric("nonfinite_steps", "steps", "lower", "Steps whose loss or gradient was not finite: skipped, or the last."),
     *(Metric(f"speedup.{of}", "times", "higher", f"One row's {what} over another's; 2 is twice as fast.")
       for of, what in (("train", "training step"), ("backward", "backward"), ("predict", "prediction"), (
           "step", "step"), ("epochs", "time to equal epochs"), ("accuracy", "time to equal accuracy"))),
@@ -271,6 +271,15 @@ def set_aside(folder: Path, names: Iterable[str], attempt: int) -> None:
     for path in (folder / name for name in names):
         if path.exists():
             path.rename(path.with_name(f"attempt-{attempt}.{path.name}"))
+
+
+def next_attempt(folder: Path, names: Iterable[str]) -> int:
+    """The number of a new attempt in this folder; what the one before left there is set aside."""
+    if not (folder / "record.json").exists():
+        return 1
+    before: int = read_record(folder)["attempt"]
+    set_aside(folder, names, before)
+    return before + 1
 
 
 def records(dirs: Iterable[str | Path]) -> list[dict[str, Any]]:

@@ -27,8 +27,9 @@ PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type,
     "loader.workers": (int | Literal["auto"], 0), "match": (Literal["params", "time"] | None, 0), "match_to": (str, 0),
     "run": (str, 0), "plot": (bool, 0), "eval.split": (Literal["train", "val", "test"], 0),
     "eval.images": (int | None, 1), "eval.batch": (int, 1), "eval.steps": (list[int], 0),
-    "eval.noise": (list[float], 0), "eval.blur": (list[float], 0), "eval.solvers": (list[str], 0),
-    "eval.radius_images": (int, 0), "rounds": (Any, 0), "time": (Any, 0),  # bench says more of these two than a type
+    "eval.noise": (list[float], 0), "eval.blur": (list[float], 0), "eval.tolerances": (list[float], 0),
+    "eval.solvers": (list[str], 0), "eval.radius_images": (int, 0),
+    "rounds": (Any, 0), "time": (Any, 0),  # bench says more of these two than a type
     "at": (list[int] | None, 0), "memory": (bool, 0), "peers": (list[str], 0),
 }  # fmt: skip
 

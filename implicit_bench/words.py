@@ -24,7 +24,7 @@ HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {  # with the words that may fo
 OURS = ("--multirun", "-m", "--config-dir", "-cd", "--help", "--quiet", "-q")
 
 
-LISTS = ("eval.steps", "eval.noise", "eval.blur", "eval.solvers", "rows", "at", "peers")  # a comma in these is no sweep
+LISTS = ("eval.steps", "eval.noise", "eval.blur", "eval.tolerances", "eval.solvers", "rows", "at", "peers")  # no sweep
 TEXTS = ("run",)  # an id such as 12345e1 is no number
 
 

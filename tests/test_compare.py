@@ -19,9 +19,10 @@ from test_log import inspect
 from implicit_bench import config, machine, record
 from implicit_bench.cli import main
 from implicit_bench.compare import spelled
-from implicit_bench.compare.figures import Trained, ratio, t_quantile
+from implicit_bench.compare.figures import Trained, line, ratio, t_quantile
 from implicit_bench.compare.rows import Run
 from implicit_bench.record import read_record
+from implicit_bench.report import ratios as report_ratios
 
 ENVIRONMENT = {"hardware": "box", "cpu": "AMD EPYC", "cores": 2, "gpu": None, "threads": 1, "torch": "2.13.0",
                "cuda": None, "python": "3.11.7", "platform": "Linux", "world_size": 1, "allocator": "glibc-tuned",
@@ -111,6 +112,44 @@ def test_the_three_are_kept_apart(here, capsys):
     assert [r["paper"] for r in ratios.values()] == ["2.14–4.10×", "", ""]
     assert rows["neural_ode"]["timing"] == pytest.approx({"step_ms": 30 * math.sqrt(2), "train_s": 24, "target_s": 24})
     assert rows["cdeq"]["metrics"] == {"val_acc": 0.95, "test_acc": 0.9}
+
+
+HOMO = ("experiment=homo_mnist", "length=smoke")
+
+
+def test_the_second_papers_claims_of_accuracy_and_of_stability(here, capsys):
+    for seed, (a, b) in enumerate([(0.9, 0.95), (0.8, 0.94), (0.6, 0.96)]):
+        put(here, "anode", seed, *HOMO, "network=homo_conv", metrics={"val_acc": 0.9, "test_acc": a})
+        put(here, "homo_ode", seed, *HOMO, metrics={"val_acc": 0.9, "test_acc": b})
+    ratios, _ = found(capsys, "compare", "base=anode", "against=homo_ode", "logger=none")
+    h1, h4 = ratios["homo_ode", "errors"], ratios["homo_ode", "spread"]
+    assert (h1["id"], h4["id"]) == ("H1", "H4")
+    assert h1["seeds"] == pytest.approx({"0": 2.0, "1": 0.2 / 0.06, "2": 10.0})
+    assert h1["value"] == pytest.approx((2 * 0.2 / 0.06 * 10) ** (1 / 3))
+    deviation = (0.1 - 0.7 / 3) ** 2 + (0.2 - 0.7 / 3) ** 2 + (0.4 - 0.7 / 3) ** 2
+    assert h4["value"] == pytest.approx(math.sqrt(deviation / 2) / 0.01)  # errors of .05, .06, .04
+    root = math.sqrt(39.0)  # 95 % of F(2, 2) lies in [1/39, 39]
+    assert (h4["low"], h4["high"]) == pytest.approx((h4["value"] / root, h4["value"] * root), rel=1e-3)
+    assert h4["verdict"] == "faster"
+    assert "shows 15.28× [2.45, 95.39] less spread over seeds" in _sentence(h4)
+
+
+def _sentence(found):
+    return report_ratios.sentence(line(found))
+
+
+def test_a_training_that_diverged_is_counted_and_compared_with_nothing(here, capsys):
+    for seed in (0, 1):
+        put(here, "neural_ode", seed)
+        put(here, "cdeq", seed)
+    put(here, "neural_ode", 2)
+    put(here, "cdeq", 2, status="failed", nonfinite_steps=1)
+    ratios, rows = found(capsys)
+    assert rows["cdeq"]["seeds"] == [0, 1]
+    assert rows["cdeq"]["diverged"] == [2]
+    assert ratios["cdeq", "step"]["n"] == 2
+    assert ratios["cdeq", "step"]["caveats"] == ["cdeq diverged with seed 2"]
+    assert refused(capsys, *PAIR, "seed=2").startswith("every training of 'cdeq' diverged (seed 2)")
 
 
 def of(tmp_path, accuracy, seconds=None):

@@ -97,6 +97,19 @@ def test_an_ode_has_no_budget_no_residual_and_no_radius_and_untied_cells_none_ei
         assert found["conditions"][0]["converged"] is None
 
 
+def test_another_tolerance_is_the_residuals_or_that_of_the_steps_to_an_end_time(trained, capsys):
+    words = ["eval.tolerances=1e-1,1e-2,1e-6", "eval.steps=[]", "eval.noise=[]", "eval.blur=[]"]
+    for run in ("skip_deq", "neural_ode"):
+        trusted, *rows = evaluated(capsys, trained, run, *words)["conditions"]
+        assert [row["condition"] for row in rows] == ["tolerance 0.1", "tolerance 0.01", "tolerance 1e-06"]
+        assert rows[0]["evaluations"] < rows[1]["evaluations"] < rows[2]["evaluations"]
+        if run == "skip_deq":  # trained at 1e-2: the pass at it is the run's own
+            assert {**rows[1], "condition": ""} == {**trusted, "condition": ""}
+            assert rows[2]["residual"] <= 1e-6
+    assert "this run's has none" in refused(capsys, "run=resnet", "eval.tolerances=0.1",
+                                            f"paths.runs={trained / 'runs'}")  # fmt: skip
+
+
 def test_pictures_are_drawn_as_svg_and_png(trained, capsys):
     evaluated(capsys, trained, "skip_deq", "plot=true", "eval.solvers=picard,anderson", "eval.noise=[]", "eval.blur=[]")
     folder = load_run("skip_deq", trained / "runs").folder / "eval"
@@ -164,6 +177,7 @@ def refused(capsys, *words, code=2):
 def test_mistakes_are_sentences(trained, capsys):
     at = f"paths.runs={trained / 'runs'}"
     assert refused(capsys, "eval.steps=-1", at) == "eval.steps=-1 must not be negative"
+    assert "must lie in (0, 1)" in refused(capsys, "eval.tolerances=0", at)
     assert refused(capsys, "eval.solver=picard", at) == "no key 'eval.solver'; nearest: eval.solvers"
     assert refused(capsys, "eval.split=tets", at) == "eval.split='tets' is not possible; nearest: test"
     assert refused(capsys, "run=zzz", at, code=2).startswith("no run 'zzz' in ")

@@ -18,7 +18,7 @@ class Claim(NamedTuple):
     id: str
     slower: str  # the row in the numerator
     faster: str
-    measure: str  # train, backward, predict: times; nfe: evaluations a forward; memory
+    measure: str  # train, backward, predict: times; nfe: evaluations a forward; memory; errors and their spread; logits
 
     def published(self, of: Table) -> float | None:
         """The ratio of the table's cells."""
@@ -37,6 +37,8 @@ class Claim(NamedTuple):
 
 SKIPS, KINDS = ("skip", "skip_reg"), ("", "skip_", "skip_reg_")
 STARTS = ("alternating", "zero", "data_mean")
+MATCHED = ("neural_ode", "anode", "deq", "explicit")  # between the stem and the head that homo_ode has
+NATIVE = ("neural_ode native", "anode native", "mdeq_small")  # on networks of their own
 CLAIMS = (
     Claim("R1", "neural_ode", "cdeq", "train"),
     *(Claim("R1b", "neural_ode", f"{skip}_cdeq", "train") for skip in SKIPS),
@@ -48,8 +50,11 @@ CLAIMS = (
     *(Claim("R6", "neural_ode", f"{kind}cdeq", "predict") for kind in KINDS),
     *(Claim("R7", "cdeq", f"{skip}_cdeq", measure) for measure in ("train", "predict") for skip in SKIPS),
     Claim("R9", "cdeq", "deq", "train"),
+    *(Claim("H1", row, "homo_ode", "errors") for row in (*MATCHED, *NATIVE)),
     *(Claim("H2", row, "homo_ode", "memory") for row in ("neural_ode", "anode", "deq", "mdeq_small")),
     *(Claim("H3", f"homo_ode {start}", "homo_ode", "nfe") for start in STARTS),
+    *(Claim("H4", row, "homo_ode", "spread") for row in MATCHED),
+    Claim("H5", "anode frozen", "homo_ode zero rk4", "logits"),
     Claim("–", "cdeq", "explicit", "train"),  # the price of being implicit
 )
 FREE = ("R1", "R2", "R3", "R4", "R5", "R6", "R9")  # those asked of a free list of models

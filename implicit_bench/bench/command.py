@@ -6,6 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,8 @@ from ..terminal import Bar, duration, progress, say
 from ..train import Interrupted
 from . import memory, peers, show
 from .ratios import Stage, comparisons
-from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round
-from .trained import put, trained, where
+from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round, warm_steps
+from .trained import lacks, put, trained, where
 
 FILES = ("record.json", "table.md", "speedup.svg", "metrics.jsonl")
 Failed = dict[str, str]  # label -> why
@@ -82,7 +83,7 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
                                     "raise recipe.epochs")  # fmt: skip
     record.writable("paths.runs", Path(first["paths"]["runs"]))
     with RunLock(folder):
-        attempt = _set_aside(folder)
+        attempt = record.next_attempt(folder, FILES)
         rec = record.new_record("bench", identity, attempt=attempt, protocol=jobs[0].choices.get("protocol"),
                                 experiment=jobs[0].choices.get("experiment"))  # fmt: skip
         rec["environment"], rec["data"] = environment, data.facts()
@@ -90,7 +91,9 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
         sink.start(rec, folder)
         sink.wait(30)  # nothing else may run while the clock does
         try:
-            return _run(rows, rec, folder, sink, rounds, budget, began)
+            with contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl:
+                timing = Timing(rows, first["at"] or [None], rounds, budget, jsonl)
+                return _run(timing, rec, folder, sink, began)
         except BaseException as error:
             stopped = isinstance(error, (KeyboardInterrupt, Interrupted))  # before the first round
             rec["status"] = "interrupted" if stopped else "failed"
@@ -103,22 +106,10 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
             raise
 
 
-def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rounds: int,
-         budget: float | None, began: float) -> int:  # fmt: skip
-    at: list[int | None] = rows[0].job.config["at"] or [None]
-    failed: Failed = {}
-    every, rows = rows, _each(rows, lambda row: None if row.peer_of else trained(row, [k for k in at if k]), failed)
+def _run(timing: Timing, rec: dict[str, Any], folder: Path, sink: Sink, began: float) -> int:
     alone = machine.Alone()
-    stages: list[Stage] = []
-    if rows:
-        rec["environment"]["convolution_gflops"] = machine.convolution_gflops(rows[0].device.torch)
-    with contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl:
-        for k in at:
-            left = None if budget is None else budget / len(at)
-            stage = _stage(rows, k, rounds, left, failed, len(at) - len(stages), jsonl)
-            stages += [stage] if stage else []
-            if stage is None or stage.interrupted:
-                break
+    stages = timing.stages(rec["environment"])
+    failed = timing.failed
     rec["environment"]["alone"] = alone.read()
     interrupted = any(stage.interrupted for stage in stages)
     rec["steps"] = sum(stage.rounds * stage.steps for stage in stages)
@@ -128,7 +119,7 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
             "ratios": [{"at": s.at, **c.record()} for s in stages for c in s.found],
             "rounds": sum(s.rounds for s in stages), "steps_a_round": stages[0].steps if stages else None,
             "unsettled": sorted({label for s in stages for label in s.unsettled})}  # fmt: skip
-    show.show(rows or every, stages, failed, rec, folder)
+    show.show(timing.rows, stages, failed, rec, folder)
     code = 130 if interrupted else 1 if failed or not stages else 0
     rec["status"] = "interrupted" if interrupted else "failed" if code else "done"
     rec["error"] = "; ".join(f"{k}: {v}" for k, v in failed.items()) or None
@@ -142,63 +133,112 @@ def _run(rows: Sequence[Row], rec: dict[str, Any], folder: Path, sink: Sink, rou
     return code
 
 
-def _each(rows: Sequence[Row], work: Callable[[Row], None], failed: Failed) -> list[Row]:
-    """The rows for which the work could be done; the others are noted, and cost no other row anything."""
-    fine = []
-    for row in rows:
-        try:
-            work(row)
-            fine.append(row)
-        except Interrupted:
-            raise
-        except Exception as error:
-            failed[row.label] = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-    return fine
+@dataclass
+class Timing:
+    """The rows of one bench, timed at each point of their training in turn."""
 
+    rows: list[Row]
+    at: list[int | None]  # steps; [None]: as they train from the first step on
+    rounds: int
+    budget: float | None  # s of rounds, for all points; wins over rounds
+    jsonl: record.Jsonl
+    failed: Failed = field(default_factory=dict)
 
-def _stage(rows: Sequence[Row], at: int | None, rounds: int, budget: float | None, failed: Failed, stages: int,
-           jsonl: record.Jsonl) -> Stage | None:  # fmt: skip
-    """The rows at one point of their training; None where none is left."""
-    rows = [row for row in rows if row.label not in failed]
-    of = {row.label: row for row in rows}
-    if at is not None:
-        rows = _each(rows, lambda row: put(row, at, of.get(row.peer_of, row)), failed)
-    rows = [row for row in rows if not row.peer_of or row.peer_of in of]
-    rows = _each(rows, lambda row: peers.level(row, of[row.peer_of]) if row.peer_of else None, failed)
-    rows = _each(rows, lambda row: row.warm_up(), failed)
-    if not rows:
-        return None
-    measured = [row for row in rows if rows[0].job.config["memory"] and not row.peer_of]
-    found, problems = memory.peaks(measured, [where(row, at) if at else None for row in measured])
-    if unmeasured := " · ".join(f"{label}: {why}" for label, why in problems.items()):
-        progress("note", f"memory not measured of {unmeasured}")
-    peaks = {row.label: memory.NOTHING for row in rows} | {r.label: peak for r, peak in zip(measured, found)}
-    k = steps_a_round([row.step_ms for row in rows])
-    expected = stages * (budget or rounds * k * sum(row.step_ms for row in rows) * 1.5e-3)
-    many = f"{rounds} rounds" if budget is None else duration(budget)
-    point = "" if at is None else f" at step {at:,}"
-    progress("plan", f"{len(rows)} rows{point} × {many} of {show.steps(k)}, about {duration(expected)} from here; "
-             "Ctrl-C prints what there is")  # fmt: skip
-    before = _prices(rows)
-    bar = Bar(0 if budget else rounds, "rounds")
+    def stages(self, environment: dict[str, Any]) -> list[Stage]:
+        """Raises train.Interrupted after saving, while weights along training are made."""
+        self._train()
+        if not self._left():
+            return []
+        environment["convolution_gflops"] = machine.convolution_gflops(self.rows[0].device.torch)
+        peaks = self._memory()
+        found: list[Stage] = []
+        for k in self.at:
+            stage = self._stage(k, peaks, len(self.at) - len(found))
+            found += [stage] if stage else []
+            if stage is None or stage.interrupted:
+                break
+        return found
 
-    def on_round(done: int, figures: dict[str, dict[str, float]]) -> None:
-        jsonl.append({"step": done, **({} if at is None else {"at": at}), **figures})
-        bar.at(done)
+    def _left(self) -> list[Row]:
+        fine = {row.label for row in self.rows if row.label not in self.failed}
+        return [row for row in self.rows if row.label in fine and row.peer_of in (fine | {""})]
 
-    samples = clock.interleave({row.label: partial(row.measure, k) for row in rows}, on_round=on_round,
-                               rounds=rounds if budget is None else None, seconds=budget)  # fmt: skip
-    bar.close()
-    failed |= samples.failed
-    after = _prices(rows) if not samples.interrupted else before
-    # A price is what f costs undisturbed: the lower of two readings, so that one bad moment does not spoil it.
-    units = [(min(a[0], b[0]), min(a[1], b[1])) for a, b in zip(before, after)]
-    figures = [row.figures(samples.rows[row.label], unit, peaks[row.label])
-               for row, unit in zip(rows, units) if row.label in samples.rows and samples.rounds]  # fmt: skip
-    warm = {row.label: row.warm for row in rows if row.warm}
-    return Stage(at, figures, comparisons(figures, rows[0].job.table) if len(figures) > 1 else [], samples.rounds,
-                 samples.seconds, samples.interrupted, k, [label for label, w in warm.items() if not w.settled],
-                 sum(w.cold_s for w in warm.values()))  # fmt: skip
+    def _each(self, what: str, work: Callable[[Row], None], rows: Sequence[Row] | None = None) -> list[Row]:
+        """The rows for which the work could be done; the others are noted, and cost no other row anything."""
+        rows = self._left() if rows is None else rows
+        bar = Bar(len(rows), what)
+        with contextlib.closing(bar):
+            for done, row in enumerate(rows):
+                try:
+                    bar.at(done, lambda row=row: row.label)
+                    work(row)
+                except Interrupted:
+                    raise
+                except Exception as error:
+                    self.failed[row.label] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return self._left()
+
+    def _train(self) -> None:
+        """The rows' weights along training, those of them that are not kept from before."""
+        at = [k for k in self.at if k]
+        missing = {row.label: max(lacking) for row in self.rows if not row.peer_of and (lacking := lacks(row, at))}
+        ours = [row for row in self.rows if row.label in missing]
+        if ours:
+            ours = [row for row in self._each("rows tried", Row.pace, ours) if row in ours]
+            seconds = sum(missing[row.label] * row.step_ms for row in ours) * 1e-3
+            progress("plan", f"weights of {len(ours)} rows along training, to step {max(at):,}: about "
+                     f"{duration(seconds)}, kept; Ctrl-C keeps what there is")  # fmt: skip
+            self._each("rows trained", lambda row: trained(row, at), ours)
+
+    def _memory(self) -> dict[tuple[int | None, str], memory.Peak]:
+        """Peaks at each point, all in one go of the process that measures them."""
+        if not self.rows[0].job.config["memory"]:
+            return {}
+        asked = [(k, row) for k in self.at for row in self._left() if not row.peer_of]
+        progress("memory", f"a step and a prediction of each of {len(asked)} rows, in processes of their own")
+        found, problems = memory.peaks([row for _, row in asked], [where(row, k) if k else None for k, row in asked])
+        if unmeasured := " · ".join(f"{label}: {why}" for label, why in problems.items()):
+            progress("note", f"memory not measured of {unmeasured}")
+        return {(k, row.label): peak for (k, row), peak in zip(asked, found)}
+
+    def _stage(self, at: int | None, peaks: dict[tuple[int | None, str], memory.Peak], left: int) -> Stage | None:
+        """The rows at one point of their training, after which so many are left; None where no row is left."""
+        of = {row.label: row for row in self.rows}
+        if at is not None:
+            self._each("rows loaded", lambda row: put(row, at, of.get(row.peer_of, row)))
+        self._each("rows levelled", lambda row: peers.level(row, of[row.peer_of]) if row.peer_of else None)
+        rows = self._each("rows warmed up", Row.warm_up)
+        if not rows:
+            return None
+        k, budget = steps_a_round([row.step_ms for row in rows]), self.budget and self.budget / len(self.at)
+        one = sum(row.step_ms for row in rows) * 1.5e-3  # a step and a prediction of each
+        expected = left * (budget or self.rounds * k * one)
+        expected += (left - 1) * sum((1 + 3 * warm_steps(row.step_ms)) * row.step_ms for row in rows) * 1.5e-3
+        many = f"{self.rounds} rounds" if budget is None else duration(budget)
+        point = "" if at is None else f" at step {at:,}"
+        progress("plan", f"{len(rows)} rows{point} × {many} of {show.steps(k)}, about {duration(expected)} from here; "
+                 "Ctrl-C prints what there is")  # fmt: skip
+        before = _prices(rows)
+        bar = Bar(0 if budget else self.rounds, "rounds")
+
+        def on_round(done: int, figures: dict[str, dict[str, float]]) -> None:
+            self.jsonl.append({"step": done, **({} if at is None else {"at": at}), **figures})
+            bar.at(done)
+
+        samples = clock.interleave({row.label: partial(row.measure, k) for row in rows}, on_round=on_round,
+                                   rounds=self.rounds if budget is None else None, seconds=budget)  # fmt: skip
+        bar.close()
+        self.failed |= samples.failed
+        after = _prices(rows) if not samples.interrupted else before
+        # A price is what f costs undisturbed: the lower of two readings, so that one bad moment does not spoil it.
+        units = [(min(a[0], b[0]), min(a[1], b[1])) for a, b in zip(before, after)]
+        figures = [row.figures(samples.rows[row.label], unit, peaks.get((at, row.label), memory.NOTHING))
+                   for row, unit in zip(rows, units) if row.label in samples.rows and samples.rounds]  # fmt: skip
+        warm = {row.label: row.warm for row in rows if row.warm}
+        found = comparisons(figures, rows[0].job.table) if len(figures) > 1 else []
+        return Stage(at, figures, found, samples.rounds, samples.seconds, samples.interrupted, k,
+                     [label for label, w in warm.items() if not w.settled],
+                     sum(w.cold_s for w in warm.values()))  # fmt: skip
 
 
 def _prices(rows: Sequence[Row]) -> list[tuple[float, float]]:
@@ -208,12 +248,3 @@ def _prices(rows: Sequence[Row]) -> list[tuple[float, float]]:
         if not any(cell == row.cell for cell, _ in found):
             found.append((row.cell, row.unit_costs()))
     return [next(price for cell, price in found if cell == row.cell) for row in rows]
-
-
-def _set_aside(folder: Path) -> int:
-    """Keep the attempt before under its own names; returns the number of this one."""
-    if not (folder / "record.json").exists():
-        return 1
-    before = record.read_record(folder)["attempt"]
-    record.set_aside(folder, FILES, before)
-    return before + 1

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from .. import clock
 from ..clock import Ratio
 from ..papers import Table
@@ -14,6 +16,8 @@ from ..record import CONVERGED_ENOUGH
 from ..report.ratios import too_wide
 from ..terminal import number
 from .claims import asked
+
+EQUAL = 1e-4  # of the largest logit, in float32
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,14 @@ class Figures:
     vjp_ms: float
     parameters: int
     solver: Mapping[str, Any]
+    adjoint: str
     ends_at_residual: bool
     memory: Mapping[str, float | None] = field(default_factory=dict)  # MiB of train and predict
     flops: float | None = None  # of a training step
     val_acc: float | None = None
+    val_n: int = 0  # the images that val_acc is of
     peer_of: str = ""  # the label of our row that this one of another library is beside
+    logits: Tensor | None = None  # (B, classes) of a batch at the initial weights
 
     def median(self, measure: str) -> float:
         return clock.summary(self.times[measure])["median"]
@@ -78,6 +85,8 @@ class Comparison:
             found.append(f"residual {ours} against its {theirs}")
         if self.id in ("R1", "R1b", "R2", "R2b", "R6") and dict(self.slower.solver) != dict(self.faster.solver):
             found.append("different solvers or stepping tolerances")
+        if self.id == "H2":  # which of them keeps its steps for the backward, and how many
+            found += [f"{row.label} by {row.adjoint}, {row.f_calls:.0f} f" for row in (self.slower, self.faster)]
         return found + too_wide(self.ratio.verdict, self.ratio.low, self.ratio.high)
 
     def explained(self) -> dict[str, float] | None:
@@ -137,6 +146,7 @@ def comparisons(rows: Sequence[Figures], table: Table | None = None) -> list[Com
     by_name = {row.name: row for row in rows}
     found = [_compare(c.id, by_name[c.slower], by_name[c.faster], c.measure, c.paper(table)) for c in asked(table)
              if len(by_name) == len(rows) and c.slower in by_name and c.faster in by_name]  # fmt: skip
+    found = [c for c in found if c.measure not in ("errors", "logits") or c.ratio.value == c.ratio.value]
     told = {row.label for c in found for row in (c.slower, c.faster)}
     found += [_compare("–", rows[0], row, "train", "") for row in rows[1:] if row.label not in told and not table]
     by_label = {row.label: row for row in rows}
@@ -145,9 +155,36 @@ def comparisons(rows: Sequence[Figures], table: Table | None = None) -> list[Com
 
 
 def _compare(id: str, a: Figures, b: Figures, measure: str, paper: str) -> Comparison:
-    if measure != "memory":
-        return Comparison(id, a, b, measure, paper, clock.ratio(a.times[measure], b.times[measure]))
-    mib = [row.memory.get("train") for row in (a, b)]  # one measurement each: no interval
-    value = mib[0] / mib[1] if mib[0] and mib[1] else math.nan
-    word = "not measured" if math.isnan(value) else "measured once"
-    return Comparison(id, a, b, measure, paper, Ratio(value, value, value, 1, word))
+    special = {"memory": _memory, "errors": _errors, "logits": _logits}.get(measure)
+    found = special(a, b) if special else clock.ratio(a.times[measure], b.times[measure])
+    return Comparison(id, a, b, measure, paper, found)
+
+
+def _single(value: float, word: str) -> Ratio:
+    return Ratio(value, value, value, 1, "not measured" if math.isnan(value) else word)
+
+
+def _memory(a: Figures, b: Figures) -> Ratio:
+    mib = [row.memory.get("train") for row in (a, b)]
+    return _single(mib[0] / mib[1] if mib[0] and mib[1] else math.nan, "measured once")
+
+
+def _errors(a: Figures, b: Figures) -> Ratio:
+    """Of validation error rates at one training each; the interval of two independent binomials, though the images are
+    the same: too wide, if anything."""
+    wrong = [(1 - row.val_acc) * row.val_n if row.val_acc is not None else 0.0 for row in (a, b)]
+    if not all(wrong):
+        return _single(math.nan, "")
+    rates = [k / row.val_n for k, row in zip(wrong, (a, b))]
+    half = 1.96 * math.sqrt(sum((1 - rate) / k for k, rate in zip(wrong, rates)))
+    value = rates[0] / rates[1]
+    low, high = value * math.exp(-half), value * math.exp(half)
+    return Ratio(value, low, high, a.val_n, "faster" if low > 1 else "slower" if high < 1 else "no difference")
+
+
+def _logits(a: Figures, b: Figures) -> Ratio:
+    """Largest difference over the largest logit, of one batch at the same weights."""
+    if a.logits is None or b.logits is None:
+        return _single(math.nan, "")
+    value = float((a.logits - b.logits).abs().max() / b.logits.abs().max())
+    return _single(value, "equal" if value <= EQUAL else "not equal")

@@ -44,7 +44,9 @@ class Row:
         self.batches = 0
         self.warm: clock.WarmUp | None = None
         self.total, self.step_ms = total, math.nan
-        self.val_acc: float | None = None  # at the weights that it stands at
+        self.val_acc: float | None = None  # at the weights that it stands at, of so many images
+        self.val_n = 0
+        self.logits: torch.Tensor | None = None  # of the first batch at the initial weights
         self.peer_of = ""  # the row that another library's is beside
         self.initial = self.state()
         self.still: dict[str, Any] | None = None  # the state that each round begins at; None: it trains as it goes
@@ -57,8 +59,8 @@ class Row:
                 memory: Mapping[str, float | None]) -> Figures:  # fmt: skip
         residual = isinstance(self.model.layer.stop, Residual)
         return Figures(self.label, self.job.label or self.name, self.name, times, self.tally.means(), *unit_ms,
-                       self.parameters, self.job.config["solver"], residual, memory, self.flops, self.val_acc,
-                       self.peer_of)  # fmt: skip
+                       self.parameters, self.job.config["solver"], type(self.model.layer.adjoint).__name__.lower(),
+                       residual, memory, self.flops, self.val_acc, self.val_n, self.peer_of, self.logits)  # fmt: skip
 
     @cached_property
     def flops(self) -> int:
@@ -95,18 +97,32 @@ class Row:
         self.tally.settle()
         return {"train": means["forward"] + means["backward"] + means["optimizer"], **means, "nfe": calls / steps}
 
+    @torch.no_grad()
+    def _see(self) -> None:
+        with self.device.autocast():
+            self.logits = self.model.eval()(self.batch(0)[0]).logits.float().cpu()
+        self.model.train()
+
     def warm_up(self) -> None:
         """Settle caches and allocator, then put weights and optimiser back; learns step_ms, of a training step."""
-        times: list[float] = []
+        if self.step.taken == 0:
+            self._see()
 
         def run() -> float:
+            k = 1 if self.step_ms != self.step_ms else warm_steps(self.step_ms)
             began = time.perf_counter()
-            times.append(self.measure(8)["train"])
-            return time.perf_counter() - began
+            self.step_ms = self.measure(k)["train"]
+            return (time.perf_counter() - began) / k
 
+        self.step_ms = math.nan
         with self.unchanged():
             self.warm = clock.warm_up(run)
-        self.step_ms = times[-1]
+
+    def pace(self) -> None:
+        """Learn step_ms from the second of two steps; leaves no trace."""
+        with self.unchanged():
+            self.measure(1)
+            self.step_ms = self.measure(1)["train"]
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -184,6 +200,11 @@ def initial_ms(configs: Sequence[dict[str, Any]], seconds: float, rounds: int = 
 def steps_a_round(step_ms: Sequence[float], row_ms: float = 10.0) -> int:
     """So many steps that the fastest row works for `row_ms` a round: long enough that a clock read is nothing."""
     return max(1, min(10, math.ceil(row_ms / min(step_ms))))
+
+
+def warm_steps(step_ms: float) -> int:
+    """Steps in a pass of warming up: eight, of slow ones fewer, as their own noise is the smaller."""
+    return max(1, min(8, math.ceil(400 / step_ms)))
 
 
 def labels(jobs: Sequence[config.Composed], overrides: Sequence[str]) -> list[str]:

@@ -70,7 +70,7 @@ def show(rows: Sequence[Row], stages: Sequence[Stage], failed: Mapping[str, str]
     (folder / "table.md").write_text("\n".join([*markdown, *(f"- {label}: {text}" for label, text in head)]) + "\n")
     batch = rows[0].recipe.batch
     bars = [(f"{c.title}{_point(s)}", c.ratio.value, c.ratio.low, c.ratio.high)
-            for s, c in found if c.measure not in ("memory", "nfe")]  # fmt: skip
+            for s, c in found if c.measure in ("train", "backward", "predict")]  # fmt: skip
     if bars:
         plots.speedup_bars(folder / "speedup.svg", bars, f"{rec['data']['name']}, batch {batch}, "
                            f"{stages[0].rounds} paired rounds, {rec['environment'].get('cpu')}")  # fmt: skip

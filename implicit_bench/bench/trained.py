@@ -24,13 +24,18 @@ def where(row: Row, k: int) -> Path:
     return Path(cfg["paths"]["runs"], ".trained", name, f"at-{k}.pt")
 
 
+def lacks(row: Row, at: Sequence[int]) -> list[int]:
+    """Those of the steps whose weights are not kept, in order."""
+    return sorted(k for k in at if k and not where(row, k).exists())
+
+
 def trained(row: Row, at: Sequence[int]) -> None:
     """Train the row to each of these steps, as far as that has not been done; its own weights stay what they are.
 
     A training that was interrupted goes on where it stood. Nothing is pretrained. Raises train.Interrupted after
     saving, train.NonFinite.
     """
-    missing = sorted(k for k in at if k and not where(row, k).exists())
+    missing = lacks(row, at)
     if not missing:
         return
     folder, cfg = where(row, 0).parent, row.job.config
@@ -48,11 +53,11 @@ def trained(row: Row, at: Sequence[int]) -> None:
             fit.run(lambda line: None, until=k)
             val = row.data.val.first(SEEN)
             seen = evaluate(row.model, row.data, val, row.recipe.eval_batch, row.device) if len(val) else {"acc": None}
-            checkpoint.write(where(row, k), {**row.state(), "val_acc": seen["acc"]})
+            checkpoint.write(where(row, k), {**row.state(), "val_acc": seen["acc"], "val_n": len(val)})
 
 
 def put(row: Row, k: int, of: Row) -> None:
     """Let the row be timed at its weights after k steps, or those of another, where they stand still."""
     row.still = of.initial if k == 0 else torch.load(where(of, k), map_location=row.device.torch, weights_only=True)
-    row.val_acc = row.still.get("val_acc")
+    row.val_acc, row.val_n = row.still.get("val_acc"), row.still.get("val_n", 0)
     row.put(row.still)

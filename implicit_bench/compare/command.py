@@ -102,7 +102,7 @@ def compare(rows: Sequence[Row], top: Path, logger: str | None = None) -> None:
     """Print the comparisons of the first row with each other, and leave them below `top`."""
     pairs = [Pair(rows[0], other) for other in rows[1:]]
     figures = [of_row(each, pairs) for each in rows]
-    found = [pair.record(measure) for pair in pairs for measure in MEASURES]
+    found = [pair.record(measure) for pair in pairs for measure in pair.measures]
     first = rows[0].first.record
     identity = {"rows": {each.label: {str(s): run.record["run_id"] for s, run in each.runs.items()} for each in rows},
                 "base": rows[0].label, "window": WINDOW, "share": SHARE}  # fmt: skip
@@ -156,7 +156,8 @@ def _headline(rec: Mapping[str, Any], lines: Sequence[ratios.Line]) -> str:
     fine = [each for each in lines if each.slower not in stuck and each.faster not in stuck]
     if not fine:
         return f"no headline: {', '.join(stuck)} not converged"
-    best = min(fine, key=lambda each: (each.low is None, each.value is None, -MEASURES.index(each.measure)))
+    times = [each for each in fine if each.measure in MEASURES]
+    best = min(times, key=lambda each: (each.low is None, each.value is None, -MEASURES.index(each.measure)))
     acc = {f["label"]: share(f["metrics"]["test_acc"]) for f in rec["rows"]}
     return f"{ratios.sentence(best)}; test accuracy {acc[best.faster]} against {acc[best.slower]}"
 
@@ -170,9 +171,7 @@ def _keep(rec: dict[str, Any], lines: Sequence[ratios.Line], table: tuple[list[s
         if before and all(before.get(key) == record.plain(rec[key]) for key in ("rows", "ratios")):
             say("kept", f"{folder}/   which says the same")
             return
-        if before:
-            record.set_aside(folder, FILES, before["attempt"])
-            rec["attempt"] = before["attempt"] + 1
+        rec["attempt"] = record.next_attempt(folder, FILES)
         rec["status"], rec["finished_at"] = "done", datetime.now().astimezone().isoformat(timespec="milliseconds")
         record.write_record(folder, rec)
         cells = [ratios.cells(each) for each in lines]

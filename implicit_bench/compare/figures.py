@@ -9,12 +9,13 @@ from functools import cached_property
 from statistics import fmean, geometric_mean, median_low, stdev
 from typing import Any
 
-from ..bench.claims import asked
+from ..bench.claims import CLAIMS, Claim
 from ..record import CONVERGED_ENOUGH, read_jsonl
 from ..report.ratios import Line, too_wide
 from .rows import Row, Run
 
 MEASURES = ("step", "epochs", "accuracy")
+OF_TESTS = ("errors", "spread")  # measures of test accuracy, for pairs that a claim is about
 WINDOW, SHARE = 3, 0.99  # epochs that are smoothed over; of the base's final accuracy, what the others have to reach
 
 
@@ -33,6 +34,11 @@ class Trained:
     """
 
     run: Run
+
+    @property
+    def errors(self) -> float:
+        """The share of the test split that it gets wrong."""
+        return 1 - self.run.record["metrics"]["test_acc"]
 
     @property
     def step_ms(self) -> float:
@@ -80,8 +86,21 @@ class Pair:
         self.seeds = sorted(self.base.runs.keys() & self.other.runs.keys())
         self.a, self.b = ({seed: Trained(row.runs[seed]) for seed in self.seeds} for row in (self.base, self.other))
 
+    @property
+    def measures(self) -> list[str]:
+        return [*MEASURES, *(measure for measure in OF_TESTS if self._claim(measure))]
+
+    def _claim(self, measure: str) -> Claim | None:
+        about = self.base.first.model, self.other.first.model, measure if measure in OF_TESTS else "train"
+        return next((c for c in CLAIMS if (c.slower, c.faster, c.measure) == about), None)
+
     def times(self, measure: str) -> list[tuple[float, float]]:
-        """(base's, the other's) a seed, in one unit. Raises Unknown."""
+        """(base's, the other's) a seed, in one unit; shares of errors for those of tests. Raises Unknown."""
+        if measure in OF_TESTS:
+            wrong = [(self.a[s].errors, self.b[s].errors) for s in self.seeds]
+            if not all(a and b for a, b in wrong):
+                raise Unknown("no test error to divide by")
+            return wrong
         if measure == "step":
             return [(self.a[s].step_ms, self.b[s].step_ms) for s in self.seeds]
         if measure == "epochs":
@@ -98,8 +117,7 @@ class Pair:
 
     def record(self, measure: str) -> dict[str, Any]:
         """One comparison, as bench's records have theirs; value None where there is none, and `verdict` says why."""
-        names = (self.base.first.model, self.other.first.model)
-        claim = next((c for c in asked(None) if (c.slower, c.faster, c.measure) == (*names, "train")), None)
+        claim = self._claim(measure)
         found: dict[str, Any] = {
             "id": claim.id if claim else "–", "numerator": self.base.label, "denominator": self.other.label,
             "measure": measure, "paper": claim.paper(None) if claim and measure == "step" else "",
@@ -107,8 +125,9 @@ class Pair:
         }  # fmt: skip
         try:
             times = self.times(measure)
-            found |= ratio(times)
-            found["seeds"] = {str(seed): a / b for seed, (a, b) in zip(self.seeds, times)}
+            found |= spread(times) if measure == "spread" else ratio(times)
+            if measure != "spread":
+                found["seeds"] = {str(seed): a / b for seed, (a, b) in zip(self.seeds, times)}
         except Unknown as why:
             found["verdict"] = str(why)
         return {**found, "caveats": self._caveats(found)}
@@ -117,6 +136,8 @@ class Pair:
         runs = [t.run for side in (self.a, self.b) for t in side.values()]
         caveats = [f"{row.label} not converged" for row, side in ((self.base, self.a), (self.other, self.b))
                    if not all(converged(t.run.record) for t in side.values())]
+        caveats += [f"{row.label} diverged with seed {', '.join(map(str, row.diverged))}"
+                    for row in (self.base, self.other) if row.diverged]  # fmt: skip
         settings = [row.first.record["config"] for row in (self.base, self.other)]
         if found["id"] == "R1" and settings[0]["solver"] != settings[1]["solver"]:
             caveats.append("different solvers or stepping tolerances")
@@ -148,6 +169,21 @@ def ratio(times: Sequence[tuple[float, float]]) -> dict[str, Any]:
     low, high = math.exp(centre - half), math.exp(centre + half)
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
     return {"value": math.exp(centre), "low": low, "high": high, "verdict": verdict}
+
+
+def spread(errors: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Ratio of standard deviations over seeds, and its 95 % interval by F(d, d), d seeds less one: value, low, high,
+    verdict. Quantiles of F(d, d) are Student's: t_d = sqrt(d) / 2 (sqrt(F) - 1 / sqrt(F)) (Cacoullos 1965)."""
+    if len(errors) < 2:
+        raise Unknown("one seed")
+    a, b = (stdev(side) for side in zip(*errors))
+    if not a or not b:
+        raise Unknown("no spread to divide by")
+    t = t_quantile(0.95, len(errors) - 1) / math.sqrt(len(errors) - 1)
+    root = t + math.sqrt(t * t + 1)
+    low, high = a / b / root, a / b * root
+    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
+    return {"value": a / b, "low": low, "high": high, "verdict": verdict}
 
 
 def t_quantile(level: float, df: int) -> float:
@@ -192,6 +228,7 @@ def of_row(row: Row, pairs: Sequence[Pair]) -> dict[str, Any]:
 
     return {
         "label": row.label, "model": row.first.model, "seeds": sorted(trained),
+        "diverged": list(row.diverged),
         "runs": [t.run.name for _, t in sorted(trained.items())], "epochs": recs[0]["epochs"],
         "metrics": {key: mean("metrics", key) for key in ("val_acc", "test_acc")},
         "solve": {key: mean("solve", key) for key in ("nfe_forward", "nfe_backward", "converged_fraction")},

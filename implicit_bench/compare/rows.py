@@ -33,6 +33,7 @@ class Run(NamedTuple):
 class Row:
     label: str
     runs: dict[int, Run]  # by seed, in order
+    diverged: tuple[int, ...] = ()  # seeds whose training ended at a loss that was not finite
 
     @property
     def first(self) -> Run:
@@ -96,9 +97,13 @@ def _told(rec: dict[str, Any]) -> dict[str, Any]:
 
 
 def row(label: str, found: Sequence[Run]) -> Row:
-    """Raises UsageError for runs that are not done, and for two of one seed that are no copies of each other."""
+    """Raises UsageError for runs that are neither done nor diverged, and for two of one seed that are no copies of each
+    other."""
     by_seed: dict[int, Run] = {}
+    diverged = {run.seed for run in found if run.state == "failed" and run.record["nonfinite_steps"]}
     for run in sorted(found, key=lambda run: (run.seed, not (run.folder / "metrics.jsonl").exists())):
+        if run.seed in diverged:
+            continue
         if run.state != "done":
             what = "is still running; wait for it" if run.state == "running" else \
                 f"{'was' if run.state in ('interrupted', 'stopped') else 'has'} {run.state}; go on with: " \
@@ -108,7 +113,10 @@ def row(label: str, found: Sequence[Run]) -> Row:
         if other.record["started_at"] != run.record["started_at"]:
             twice = f"seed {run.seed} of {label} was trained twice, in {other.folder} and in {run.folder}"
             raise UsageError(f"{twice}; name one folder with records=")
-    return Row(label, by_seed)
+    if not by_seed:
+        raise UsageError(f"every training of {label!r} diverged (seed {', '.join(map(str, sorted(diverged)))}); lower "
+                         "recipe.lr or set recipe.clip=1")  # fmt: skip
+    return Row(label, by_seed, tuple(sorted(diverged)))
 
 
 def refuse_unlike(rows: Sequence[Row]) -> None:
@@ -143,7 +151,8 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
 def _unlike(a: dict[str, Any], b: dict[str, Any]) -> str | None:
     """The first setting that rows must share and two records do not."""
     found, theirs = _shared(a), _shared(b)
-    own = "network." if a["config"].get("match") or b["config"].get("match") else "network.untied"  # a control's
+    matched = a["config"].get("match") or b["config"].get("match")
+    own = ("network.",) if matched else ("network.untied", "network.inject")  # a control's, a model's
     keys = [key for key in dict.fromkeys([*found, *theirs]) if found.get(key) != theirs.get(key)
             and (key.endswith("_target_") or not key.startswith(own))
             and not (key.startswith("sources.") and None in (found.get(key), theirs.get(key)))]  # fmt: skip

@@ -22,7 +22,7 @@ from ..report import plots, tables
 from ..runs import Run, restore, trusted
 from ..schema import UsageError
 from ..terminal import Bar, number, progress, say, share
-from .look import COLUMNS, Forward, Seen, blurred, look, noisy, spectral_radius, within
+from .look import COLUMNS, Forward, Seen, at_tolerance, blurred, look, noisy, spectral_radius, within
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -35,6 +35,8 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
     for key in ("steps", "noise", "blur"):
         if wrong := [value for value in cfg["eval"][key] if not 0 <= value < math.inf]:
             raise UsageError(f"eval.{key}={wrong[0]} must not be negative")
+    if wrong := [value for value in cfg["eval"]["tolerances"] if not 0 < value < 1]:
+        raise UsageError(f"eval.tolerances={wrong[0]} must lie in (0, 1), such as 1e-3")
     runs = Path(cfg["paths"]["runs"])
     run = Run(folder := record.find(runs, cfg["run"], "train"), record.read_record(folder))
     recorded = run.config["gpu"]
@@ -96,6 +98,7 @@ def _measure(model: Classifier, batches: Batches, device: Device, settings: Simp
     layer = model.layer
     std = torch.tensor(dataset.std).view(1, -1, 1, 1).to(device.torch)
     passes: list[tuple[str, Forward]] = [("as trained", model)]
+    passes += [(f"tolerance {tol:g}", at_tolerance(model, tol)) for tol in settings.tolerances]
     if isinstance(layer.stop, Residual):  # an ODE stopped early is nothing, an untied or fixed depth is itself
         passes += [(f"{k} step{'s' * (k != 1)}", within(model, k)) for k in settings.steps]
     elif settings.steps:

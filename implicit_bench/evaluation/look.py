@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from ..core import FixedSteps, Status
+from ..core import EndTime, FixedSteps, Residual, Status
 from ..device import Device
 from ..models import Classifier, Output
+from ..schema import UsageError
 
 Forward = Callable[[Tensor], Any]  # images (B, C, H, W) -> models.Output
 COLUMNS = ["condition", "accuracy", "loss", "evaluations", "p90", "residual", "converged"]
@@ -100,12 +101,34 @@ def within(model: Classifier, steps: int) -> Forward:
     else:
         stop = copy.copy(layer.stop)
         stop.max_steps = steps
+    return _solved(model, layer.solver, stop)
+
+
+def _solved(model: Classifier, solver: Any, stop: Any) -> Forward:
+    layer = model.layer
 
     def forward(x: Tensor) -> Output:
-        out = layer._run(model.stem(x), layer.solver, stop, layer.adjoint, layer.field)
+        out = layer._run(model.stem(x), solver, stop, layer.adjoint, layer.field)
         return Output(model.head(out.z), out)
 
     return forward
+
+
+def at_tolerance(model: Classifier, tol: float) -> Forward:
+    """The solve to another tolerance: of the residual, an ODE solver's steps in proportion; or of the steps alone
+    (rtol and atol), where they lead to an end time. Raises UsageError for a solve without one."""
+    solver: Any = copy.copy(model.layer.solver)
+    stop = copy.copy(model.layer.stop)
+    steers = hasattr(solver, "rtol") and hasattr(solver, "atol")
+    if isinstance(stop, Residual):
+        if steers:
+            solver.rtol, solver.atol = solver.rtol * tol / stop.tol, solver.atol * tol / stop.tol
+        stop.tol = tol
+    elif steers and isinstance(stop, EndTime):
+        solver.rtol = solver.atol = tol
+    else:
+        raise UsageError(f"eval.tolerances={tol:g} is for solves that have a tolerance, and this run's has none")
+    return _solved(model, solver, stop)
 
 
 def noisy(model: Classifier, sd: float, std: Tensor) -> Forward:

@@ -13,8 +13,11 @@ from . import tables
 
 COLUMNS = ["id", "pair", "measure", "ratio", "95 %", "verdict", "paper", "caveat"]
 VERBS = {"train": "trains", "backward": "runs its backward", "predict": "predicts", "step": "takes a training step",
-         "epochs": "trains as many epochs", "accuracy": "reaches the same accuracy", "nfe": "needs"}  # fmt: skip
-WORDS = {"nfe": {"faster": "fewer evaluations", "slower": "more evaluations"}}  # where it is no time
+         "epochs": "trains as many epochs", "accuracy": "reaches the same accuracy", "nfe": "needs", "errors": "makes",
+         "spread": "shows"}  # fmt: skip
+WORDS = {"nfe": {"faster": "fewer evaluations", "slower": "more evaluations"},  # where it is no time
+         "errors": {"faster": "fewer errors", "slower": "more errors"},
+         "spread": {"faster": "less spread over seeds", "slower": "more spread over seeds"}}  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -31,6 +34,13 @@ class Line(NamedTuple):
     paper: str = ""
     caveats: Sequence[str] = ()
 
+    @property
+    def said(self) -> str:
+        """The value for a reader: a ratio, but for logits, of which it is a difference."""
+        if self.value is None:
+            return "–"
+        return f"{self.value:.2f}×" if self.measure != "logits" else f"{self.value:.0e}" if self.value else "0"
+
 
 def scalars(lines: Sequence[Line]) -> dict[str, float]:
     """What W&B is told: speedup.R1.train, or speedup.R4.train.skip_cdeq where several rows have one; a pair that no
@@ -42,7 +52,8 @@ def scalars(lines: Sequence[Line]) -> dict[str, float]:
             continue
         name = each.id if each.id != "–" else f"{each.slower}_over_{each.faster}"
         more = f".{each.faster}" if each.id != "–" and many[each.id, each.measure] > 1 else ""
-        found[f"speedup.{name}.{each.measure}{more}".replace(" ", "_")] = each.value
+        kind = "difference" if each.measure == "logits" else "speedup"
+        found[f"{kind}.{name}.{each.measure}{more}".replace(" ", "_")] = each.value
     return found
 
 
@@ -56,7 +67,7 @@ def cells(line: Line) -> list[str]:
     verdict = WORDS.get(line.measure, {}).get(line.verdict, line.verdict)
     verdict = f"{line.faster} {verdict}" if line.verdict in ("faster", "slower") else verdict
     return [line.id, f"{line.slower} / {line.faster}", line.measure,
-            "–" if line.value is None else f"{line.value:.2f}×",
+            line.said,
             "–" if line.low is None else f"[{line.low:.2f}, {line.high:.2f}]", verdict,
             f"paper {line.paper}" if line.paper else "",
             f"({'; '.join(line.caveats)})" if line.caveats else ""]  # fmt: skip
@@ -70,7 +81,7 @@ def sentence(line: Line) -> str:
     value, low, high = line.value, line.low, line.high
     if low is None or high is None or line.verdict not in ("faster", "slower"):
         interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-        return f"{pair}: {line.verdict} in {line.measure} here, {value:.2f}×{interval}{paper}"
+        return f"{pair}: {line.verdict} in {line.measure} here, {line.said}{interval}{paper}"
     if line.verdict == "slower":
         value, low, high = 1 / value, 1 / high, 1 / low
     verdict = WORDS.get(line.measure, {}).get(line.verdict, line.verdict)

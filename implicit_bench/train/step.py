@@ -132,6 +132,7 @@ class Step:
         self.taken += 1
         task = task.detach()
         if self.recipe.on_nonfinite == "raise" and not bool((norm + loss.detach()).isfinite()):
+            self.nonfinite += 1
             raise NonFinite(
                 f"the loss ({float(task):.3g}) or its gradient (norm {float(norm):.3g}) was not finite at step "
                 f"{self.taken}; lower recipe.lr, set recipe.clip=1, or use recipe.on_nonfinite=skip_step"

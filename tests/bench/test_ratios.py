@@ -1,4 +1,5 @@
 from dataclasses import replace
+from math import exp
 
 import pytest
 
@@ -15,7 +16,7 @@ def row(model, train, *, nfe=(20, 10), backward_calls=0, converged=1.0, residual
     means = {"nfe_forward": nfe[0], "nfe_backward": nfe[1], "calls_backward": backward_calls, "residual": 0.005,
              "converged_fraction": converged}  # fmt: skip
     series = {"train": times, "backward": [t / 2 for t in times], "predict": [t / 4 for t in times]}
-    return Figures(model, model, model, series, means, 0.1, 0.2, 1000, solver or {"rtol": 1e-3}, residual)
+    return Figures(model, model, model, series, means, 0.1, 0.2, 1000, solver or {"rtol": 1e-3}, "ift", residual)
 
 
 def said(c):
@@ -122,6 +123,26 @@ def test_the_second_papers_acceleration_is_of_evaluations_and_its_memory_is_meas
     assert "] fewer evaluations than homo_ode zero here" in said(h3)
     unknown = comparisons([replace(rows[0], memory={}), rows[2]], HOMO)[0]
     assert ratios.cells(show.line(unknown))[3:6] == ["–", "–", "not measured"]
+
+
+def test_the_second_papers_accuracy_is_a_ratio_of_errors_of_so_many_images():
+    homo = replace(named("homo_ode", "homo_ode", 1.0), val_acc=0.8, val_n=500)
+    deq, mdeq = (replace(named(name, "deq", 1.0), val_acc=0.6, val_n=500) for name in ("deq", "mdeq_small"))
+    found = [c for c in comparisons([homo, deq, mdeq], HOMO) if c.id == "H1"]
+    told = [(c.slower.label, c.measure, c.ratio.n) for c in found]
+    assert told == [("deq", "errors", 500), ("mdeq_small", "errors", 500)]
+    half = 1.96 * (0.6 / 200 + 0.8 / 100) ** 0.5  # of 200 and 100 wrong of 500
+    assert found[0].ratio.value == pytest.approx(2.0)
+    assert (found[0].ratio.low, found[0].ratio.high) == pytest.approx((2 * exp(-half), 2 * exp(half)))
+    assert said(found[0]).startswith("homo_ode makes 2.00× [1.63, 2.46] fewer errors than deq here")
+    assert not [c for c in comparisons([replace(homo, val_acc=None), deq], HOMO) if c.id == "H1"]
+
+
+def test_the_second_papers_memory_says_by_which_gradient_and_in_how_many_evaluations():
+    homo, node = (replace(named(n, n, 1.0), adjoint=a, memory={"train": 9.0}) for n, a in
+                  (("homo_ode", "unroll"), ("neural_ode", "backsolve")))  # fmt: skip
+    [h2] = [c for c in comparisons([homo, node], HOMO) if c.id == "H2"]
+    assert h2.caveats == ["neural_ode by backsolve, 20 f", "homo_ode by unroll, 20 f"]
 
 
 def test_what_wandb_is_told_has_a_name_for_every_ratio():

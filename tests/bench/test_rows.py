@@ -2,8 +2,9 @@ import jobs
 import pytest
 import torch
 
-from implicit_bench import config
+from implicit_bench import config, papers
 from implicit_bench.bench import rows
+from implicit_bench.bench.ratios import comparisons
 from implicit_bench.device import Device
 
 
@@ -73,6 +74,25 @@ def test_unit_costs_are_of_one_call(made):
         step = row.measure(5)
         assert 0 < f < step["forward"]
         assert 0 < vjp < step["backward"]
+
+
+@pytest.mark.parametrize(("inject", "verdict"), [("frozen", "equal"), ("state", "not equal")])
+def test_an_anode_whose_h_stands_still_is_timed_beside_the_same_function(tmp_path, inject, verdict):
+    own = ["experiment=homo_mnist", "dataset=digits", "network=homo_conv", "network.width=32", "solver=rk4",
+           "solver.dt=0.5", "adjoint=unroll", "recipe.batch=8"]  # fmt: skip
+    words = {"homo_ode zero rk4": ["model=homo_ode", "init=zero", "penalty=[none]"],
+             "anode frozen": ["model=anode", f"network.inject={inject}"]}  # fmt: skip
+    figures = []
+    for label, more in words.items():
+        job = composed(tmp_path, *own, *more)
+        job.label = label
+        data = config.make(job.config["dataset"], "dataset").load(tmp_path)
+        row = rows.Row(label, job, data, Device("cpu", threads=1))
+        row.warm_up()
+        figures.append(row.figures({key: [ms] for key, ms in row.measure(1).items()}, (1.0, 1.0), {}))
+    [h5] = [c for c in comparisons(figures, papers.table("homo_ode")) if c.id == "H5"]
+    assert h5.ratio.verdict == verdict
+    assert (h5.ratio.value < 1e-6) == (verdict == "equal")
 
 
 def test_a_round_is_long_enough_for_its_fastest_row():

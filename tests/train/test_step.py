@@ -118,6 +118,7 @@ def test_a_nonfinite_loss_raises_and_names_the_step(make):
     step(x, y)
     with pytest.raises(NonFinite, match=r"at step 2; lower recipe.lr"):
         step(x * float("nan"), y)
+    assert step.nonfinite == 1
 
 
 def test_skip_step_leaves_weights_and_optimiser_alone_and_counts(make):
