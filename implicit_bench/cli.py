@@ -169,6 +169,10 @@ def _rows(command: str, words: Words) -> tuple[Any, dict[str, list[str]]]:
 def _jobs(command: str, words: Words, aloud: bool = True) -> list[config.Composed]:
     from . import config
 
+    if command == "bench" and any(word.startswith("runs=") for word in words.overrides):
+        from .bench.trained import of_runs
+
+        return of_runs(words)
     table, rows = _rows(command, words)
     jobs = config.compose_all(command, [*rows.values()], words.search)
     for job, label in zip(jobs, rows if table else ()):

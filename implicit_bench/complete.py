@@ -95,7 +95,7 @@ def _each(key: str, value: str, options: Iterable[str]) -> list[str]:
 def _override(command: str, given: Sequence[str], key: str, equals: bool, value: str) -> list[str]:
     search = _config_dirs(given)
     if not equals:
-        keys = [*_keys(command, given, search), *(("table", "rows") if command == "bench" else ())]
+        keys = [*_keys(command, given, search), *(("table", "rows", "runs") if command == "bench" else ())]
         whole = [k for k in keys if "." not in k] if "." not in key else keys
         heads = [f"{k.partition('.')[0]}." for k in keys if "." in k] if "." not in key else []
         return [f"{k}=" for k in whole] + list(dict.fromkeys(heads))

@@ -33,6 +33,7 @@ class Composed:
     overrides: list[str] = field(default_factory=list)
     table: Any = None  # papers.Table, of which it is a row, and the row's name there
     label: str = ""
+    trained: Path | None = None  # the folder of a run, at whose last weights it is timed
     alike: dict[str, Any] | None = None  # match=time not measured yet: the config of the model that it is matched to
 
 

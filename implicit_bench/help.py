@@ -92,6 +92,7 @@ leaves  RUN/eval/   SPLIT.json; with plot=true residual and evaluations as .svg 
 
 usage: {PROG} bench model=A,B[,C] [key=value ...]        keys may list values; each combination is a row
        {PROG} bench table=NAME [rows=A,B] [at=0,100,500] [key=value ...]    the rows of a paper's table
+       {PROG} bench runs=A,B [rounds=N|time=T] [gpu.key=value ...]    finished trainings, at their last weights
 
 Rows share data set, seed, batches and gpu. Rounds of training steps and predictions alternate between the rows, so that
 the machine's drift hits all of them. A ratio is of medians over paired rounds, for the pairs that the claims R1-R9 of

@@ -24,7 +24,8 @@ HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {  # with the words that may fo
 OURS = ("--multirun", "-m", "--config-dir", "-cd", "--help", "--quiet", "-q")
 
 
-LISTS = ("eval.steps", "eval.noise", "eval.blur", "eval.tolerances", "eval.solvers", "rows", "at", "peers")  # no sweep
+LISTS = ("eval.steps", "eval.noise", "eval.blur", "eval.tolerances", "eval.solvers", "rows", "at", "peers",
+         "runs")  # of which a comma makes no sweep  # fmt: skip
 TEXTS = ("run",)  # an id such as 12345e1 is no number
 
 

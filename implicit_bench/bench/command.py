@@ -66,10 +66,11 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
     first, table = jobs[0].config, jobs[0].table
     dropped = record.LABELS | record.MEASURING
     pruned = [{k: v for k, v in c.items() if k not in dropped} for c in configs]
-    identity = {"rows": pruned, "rounds": rounds if budget is None else None, "time": budget}
+    identity: dict[str, Any] = {"rows": pruned, "rounds": rounds if budget is None else None, "time": budget}
     identity |= {"at": first["at"]} if first["at"] else {}
     identity |= {"table": table.name} if table else {}
     identity |= {"peers": first["peers"]} if first["peers"] else {}
+    identity |= {"runs": [job.trained.name for job in jobs if job.trained]} if jobs[0].trained else {}
     what = table.name if table else jobs[0].choices["dataset"]
     folder = Path(first["paths"]["runs"]) / record.folder_name("bench", what, None, record.run_id(identity))
     environment = devices[0].environment()
@@ -196,7 +197,7 @@ class Timing:
             return {}
         asked = [(k, row) for k in self.at for row in self._left() if not row.peer_of]
         progress("memory", f"a step and a prediction of each of {len(asked)} rows, in processes of their own")
-        found, problems = memory.peaks([row for _, row in asked], [where(row, k) if k else None for k, row in asked])
+        found, problems = memory.peaks([row for _, row in asked], [where(row, k) for k, row in asked])
         if unmeasured := " · ".join(f"{label}: {why}" for label, why in problems.items()):
             progress("note", f"memory not measured of {unmeasured}")
         return {(k, row.label): peak for (k, row), peak in zip(asked, found)}
@@ -204,7 +205,7 @@ class Timing:
     def _stage(self, at: int | None, peaks: dict[tuple[int | None, str], memory.Peak], left: int) -> Stage | None:
         """The rows at one point of their training, after which so many are left; None where no row is left."""
         of = {row.label: row for row in self.rows}
-        if at is not None:
+        if at is not None or self.rows[0].job.trained:
             self._each("rows loaded", lambda row: put(row, at, of.get(row.peer_of, row)))
         self._each("rows levelled", lambda row: peers.level(row, of[row.peer_of]) if row.peer_of else None)
         rows = self._each("rows warmed up", Row.warm_up)

@@ -91,7 +91,7 @@ class Row:
                 timer.lap("predict")
         self.model.train()
         if self.still is not None:
-            self.put({**self.still, "taken": self.step.taken})  # the steps go on: some do what others do not
+            self.put({**self.still, "step": self.step.taken})  # the steps go on: some do what others do not
         laps = {**self.step.timer.drain(wait=True), **timer.drain(wait=True)}
         means = {name: sum(values) / len(values) for name, values in laps.items()}
         self.tally.settle()
@@ -134,14 +134,14 @@ class Row:
 
     def state(self) -> dict[str, Any]:
         """A copy of the model's and of what is stateful in a step."""
-        return copy.deepcopy({"model": self.model.state_dict(), "taken": self.step.taken,
+        return copy.deepcopy({"model": self.model.state_dict(), "step": self.step.taken,
                               "step_state": [part.state_dict() for part in self.step.stateful]})  # fmt: skip
 
     def put(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         for part, own in zip(self.step.stateful, state["step_state"]):
             part.load_state_dict(own)
-        self.step.taken, self.step.nonfinite = state["taken"], 0
+        self.step.taken, self.step.nonfinite = state["step"], 0
 
     @property
     def cell(self) -> Any:

@@ -1,4 +1,4 @@
-"""Weights along training, at which rows are timed: trained once by the loop that `train` has, and kept."""
+"""Weights at which rows are timed: along training, made once by the loop of `train` and kept; and of finished runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,60 @@ from pathlib import Path
 
 import torch
 
-from .. import record
+from .. import config, record, runs
 from ..lock import RunLock
 from ..terminal import progress
 from ..train import Fit, checkpoint, evaluate
+from ..words import Words
 from .rows import Row
 
 SEEN = 500  # validation images, for the accuracy that stands beside a time
 
 
-def where(row: Row, k: int) -> Path:
-    """The file that keeps the row's state after k steps."""
+OWN = ("rounds", "time", "peers", "memory", "gpu", "logger", "paths", "force", "allow_targets")
+
+
+def of_runs(words: Words) -> list[config.Composed]:
+    """The jobs of `bench runs=A,B`: finished trainings as their records have them, timed here at their last weights.
+
+    Raises UsageError for a word that would make them others and for a run that is not done, RecordError where none is.
+    """
+    said = {o.key_or_group: o for o in config.parse(words.overrides)}
+    names = [str(name) for name in said.pop("runs").value()]
+    for key, o in said.items():
+        if key.partition(".")[0] not in OWN:
+            raise config.UsageError(f"runs= times trainings as they are; leave {o.input_line} out, or bench model=")
+    base = config.compose("bench", [o.input_line for o in said.values()], words.search).config
+    jobs = []
+    for name in names:
+        folder = record.find(base["paths"]["runs"], name, "train")
+        rec = record.read_record(folder)
+        if rec["command"] != "train" or rec["status"] != "done" or not (folder / checkpoint.NAMES[0]).exists():
+            what = f"a {rec['command']}" if rec["command"] != "train" else \
+                rec["status"] if rec["status"] != "done" else "a record without weights"  # fmt: skip
+            raise config.UsageError(f"runs={name} is {what}; bench times finished trainings, with their checkpoints")
+        own = {**base, **runs.trusted(rec["config"], base["allow_targets"])}
+        gpu = base["gpu"] if any(key.partition(".")[0] == "gpu" for key in said) else {**base["gpu"], "dtype": rec[
+            "config"]["gpu"]["dtype"]}  # fmt: skip
+        own |= {key: base[key] for key in (*OWN, "at")} | {"gpu": gpu}
+        choices = {"dataset": folder.name.rpartition("-s")[0].partition("-")[2]} | {
+            key: rec[key] for key in ("experiment", "protocol", "length")}  # fmt: skip
+        label = own["model"]["name"]
+        jobs.append(config.Composed(own, choices, label=label, trained=folder))
+    for job in jobs:
+        if sum(other.label == job.label for other in jobs) > 1 and job.trained:
+            job.label = job.trained.name
+    return jobs
+
+
+def where(row: Row, k: int | None) -> Path | None:
+    """The file that keeps the row's state after k steps; the last checkpoint of a run; None for initial weights."""
+    if row.job.trained:
+        return row.job.trained / checkpoint.NAMES[0]
+    return kept(row, k) if k else None
+
+
+def kept(row: Row, k: int) -> Path:
     cfg = {key: value for key, value in row.job.config.items() if key not in record.MEASURING}
     name = record.folder_name(row.name, row.job.choices["dataset"], cfg["seed"], record.run_id(cfg))
     return Path(cfg["paths"]["runs"], ".trained", name, f"at-{k}.pt")
@@ -26,7 +69,7 @@ def where(row: Row, k: int) -> Path:
 
 def lacks(row: Row, at: Sequence[int]) -> list[int]:
     """Those of the steps whose weights are not kept, in order."""
-    return sorted(k for k in at if k and not where(row, k).exists())
+    return sorted(k for k in at if k and not kept(row, k).exists())
 
 
 def trained(row: Row, at: Sequence[int]) -> None:
@@ -38,7 +81,7 @@ def trained(row: Row, at: Sequence[int]) -> None:
     missing = lacks(row, at)
     if not missing:
         return
-    folder, cfg = where(row, 0).parent, row.job.config
+    folder, cfg = kept(row, 0).parent, row.job.config
     with RunLock(folder), row.unchanged(), contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl:
         fit = Fit(row.model, row.step, row.data, row.recipe, row.device, cfg["seed"], folder, jsonl,
                   lambda values, step: None, **cfg["progress"])  # fmt: skip
@@ -53,11 +96,15 @@ def trained(row: Row, at: Sequence[int]) -> None:
             fit.run(lambda line: None, until=k)
             val = row.data.val.first(SEEN)
             seen = evaluate(row.model, row.data, val, row.recipe.eval_batch, row.device) if len(val) else {"acc": None}
-            checkpoint.write(where(row, k), {**row.state(), "val_acc": seen["acc"], "val_n": len(val)})
+            checkpoint.write(kept(row, k), {**row.state(), "val_acc": seen["acc"], "val_n": len(val)})
 
 
-def put(row: Row, k: int, of: Row) -> None:
-    """Let the row be timed at its weights after k steps, or those of another, where they stand still."""
-    row.still = of.initial if k == 0 else torch.load(where(of, k), map_location=row.device.torch, weights_only=True)
-    row.val_acc, row.val_n = row.still.get("val_acc"), row.still.get("val_n", 0)
+def put(row: Row, k: int | None, of: Row) -> None:
+    """Let the row be timed at its weights after k steps or of its run, or those of another, where they stand still."""
+    path = where(of, k)
+    row.still = torch.load(path, map_location=row.device.torch, weights_only=True) if path else of.initial
+    if run := row.still.get("progress"):  # a checkpoint of `train`
+        row.val_acc, row.val_n = run["last"].get("metrics.val_acc"), len(row.data.val)
+    else:
+        row.val_acc, row.val_n = row.still.get("val_acc"), row.still.get("val_n", 0)
     row.put(row.still)

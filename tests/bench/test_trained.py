@@ -1,13 +1,15 @@
 """Weights along training: the ones that `train` comes by, made once, gone on with, and still while they are timed."""
 
+import re
 import signal
 
 import jobs
 import pytest
 import torch
 
-from implicit_bench import config
+from implicit_bench import config, record
 from implicit_bench.bench import memory, rows, trained
+from implicit_bench.cli import main
 from implicit_bench.device import Device
 from implicit_bench.train import Interrupted, checkpoint
 from implicit_bench.train.command import train
@@ -90,6 +92,33 @@ def test_rows_stand_still_at_their_step(made):
     assert row.batches == 3  # other batches each
     trained.put(row, 0, row)
     assert same(row.model.state_dict(), made().model.state_dict())
+
+
+def test_finished_runs_are_timed_at_their_own_weights(tmp_path, capsys):
+    words, folders = jobs.words(tmp_path, "recipe.max_steps=9", "recipe.batch=20"), []
+    for own in (["model=deq", "stop.tol=0.02"], ["model=explicit"]):
+        folders.append(train(config.compose("train", [*own, *words]), words).folder)
+    given = [word for word in words if word.startswith(("paths.", "gpu.", "logger="))]
+    before = {folder: (folder / "last.pt").read_bytes() for folder in folders}
+    assert main(["bench", "runs=deq,explicit", "rounds=2", *given]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"–  deq / explicit ×\d+ +train", out), out
+    [rec] = [record.read_record(path) for path in (tmp_path / "runs").glob("bench-digits-*/record.json")]
+    ran = record.read_record(folders[0])
+    assert rec["config"]["runs"] == [folder.name for folder in folders]
+    assert rec["config"]["rows"][0]["stop"] == ran["config"]["stop"]
+    assert rec["config"]["rows"][0]["recipe"]["batch"] == 20
+    assert rec["rows"][0]["val_acc"] == ran["metrics"]["val_acc"]
+    assert rec["rows"][0]["memory"]["train_mib"] is not None
+    assert {folder: (folder / "last.pt").read_bytes() for folder in folders} == before
+    for wrong, why in ((["runs=deq"], "two rows or more"), (["runs=deq,zzz"], "no run 'zzz'"),
+                       (["runs=deq,explicit", "model=deq"], "leave model=deq out"),
+                       (["runs=deq,explicit", "at=5"], "leave at=[5] out")):  # fmt: skip
+        assert main(["bench", *wrong, *given]) == 2
+        assert why in capsys.readouterr().err
+    record.write_record(folders[0], {**ran, "status": "interrupted"})
+    assert main(["bench", "runs=deq,explicit", *given]) == 2
+    assert "runs=deq is interrupted; bench times finished trainings" in capsys.readouterr().err
 
 
 def test_a_peak_is_of_the_step_itself(made):
