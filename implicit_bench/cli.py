@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import logging
 import os
@@ -42,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*complete(" ".join(rest), COMMANDS), sep="\n")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
-        hint = f"nearest: {near[0]}" if near else f"there are: {', '.join(COMMANDS)}"
-        print(f"{PROG}: no command {name!r}; {hint}", file=sys.stderr)
+        print(f"{PROG}: no command {name!r}{nearest(name, [*COMMANDS])}", file=sys.stderr)
         return 2
     if any(a in ("-h", "--help") for a in rest):
         print(HELP[name], end="")
@@ -170,7 +167,7 @@ def _jobs(command: str, words: Words, aloud: bool = True) -> list[config.Compose
     from . import config
 
     if command == "bench" and any(word.startswith("runs=") for word in words.overrides):
-        from .bench.trained import of_runs
+        from .bench.finished import of_runs
 
         return of_runs(words)
     table, rows = _rows(command, words)

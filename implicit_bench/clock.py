@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .machine import is_cuda
+from .machine import is_cuda, told
 
 MIN_ROUNDS = 40  # below this a ratio gets no verdict
 
@@ -164,7 +164,7 @@ def interleave(
                         if done and this[name].keys() != done[0][name].keys():
                             raise ValueError(f"measures changed from {[*done[0][name]]} to {[*this[name]]}")
                     except Exception as error:  # whatever one row does, the others are worth having
-                        failed[name] = f"{type(error).__name__}: {error}"
+                        failed[name] = told(error)
                 alive = [name for name in alive if name not in failed]
                 if alive:
                     done.append({name: this[name] for name in alive})

@@ -104,6 +104,14 @@ class Alone:
         return None if cores is None else cores < 0.1
 
 
+def told(error: BaseException) -> str:
+    """An error in a line: its kind and the first line of what it says; of too little memory, what to do."""
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return "out of memory; lower recipe.batch, or recipe.eval_batch where it is the evaluation"
+    return f"{type(error).__name__}: {text}"
+
+
 def reset_peak_memory(device: str | torch.device = "cpu") -> bool:
     """Begin a new peak; False where the system does not allow it, and the peak is then that of the whole process."""
     if is_cuda(device):

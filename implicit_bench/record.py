@@ -260,25 +260,16 @@ def read_record(path: str | Path) -> dict[str, Any]:
     found: dict[str, Any] = record if isinstance(record, dict) else {}
     if isinstance(version := found.get("schema_version"), int) and version > SCHEMA_VERSION:
         raise RecordError(f"{path} has schema {version}, newer than {SCHEMA_VERSION}; upgrade implicit-bench")
-    lacks = [key for key in new_record("", {}) if key not in found]
-    if lacks:
+    if lacks := [key for key in new_record("", {}) if key not in found]:
         raise RecordError(f"{path} is no run record (it lacks {', '.join(lacks[:3])}); delete it and run again")
     return found
 
 
-def set_aside(folder: Path, names: Iterable[str], attempt: int) -> None:
-    """Keep what an earlier attempt left in a run's folder, under names of its own."""
-    for path in (folder / name for name in names):
-        if path.exists():
-            path.rename(path.with_name(f"attempt-{attempt}.{path.name}"))
-
-
 def next_attempt(folder: Path, names: Iterable[str]) -> int:
-    """The number of a new attempt in this folder; what the one before left there is set aside."""
-    if not (folder / "record.json").exists():
-        return 1
-    before: int = read_record(folder)["attempt"]
-    set_aside(folder, names, before)
+    """The number of a new attempt in this folder; what the one before left there keeps a name of its own."""
+    before: int = read_record(folder)["attempt"] if (folder / "record.json").exists() else 0
+    for path in [folder / name for name in names if before and (folder / name).exists()]:
+        path.rename(path.with_name(f"attempt-{before}.{path.name}"))
     return before + 1
 
 

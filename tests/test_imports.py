@@ -45,7 +45,7 @@ OURS = {
     "testing": {"core", "solvers", "adjoints", "models"},
     "check": {"config", "report", "schema", "terminal", "testing"},
     "train": {"core", "adjoints", "models", *WORLD},
-    "bench": {"core", "solvers", "adjoints", "models", "papers", "train", "report", *WORLD},
+    "bench": {"core", "solvers", "adjoints", "models", "papers", "train", "report", "runs", "words", *WORLD},
     "cli": {"__init__", "config", "schema", "help", "data", "terminal", "check", "train", "bench", "words", "match",
             "compare", "report", "runs", "evaluation", "plan", "complete", "lock", "papers", "sync", "doctor",
             "listing"},

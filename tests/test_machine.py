@@ -131,6 +131,15 @@ def test_the_allocator_policy_never_raises_and_names_its_reason(monkeypatch):
 
 
 @LINUX
+def test_too_little_memory_is_told_with_its_remedy_and_any_other_error_by_its_first_line():
+    with pytest.raises(RuntimeError) as caught:  # what torch itself says
+        torch.empty(2**50)
+    remedy = "out of memory; lower recipe.batch, or recipe.eval_batch where it is the evaluation"
+    assert machine.told(caught.value) == machine.told(MemoryError()) == remedy
+    assert machine.told(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")) == remedy
+    assert machine.told(ValueError("one\ntwo")) == "ValueError: one"
+
+
 def test_peak_memory_sees_a_tensor_that_is_gone_until_reset():
     base, high, reset, low = python("""
 base = machine.peak_memory_mib()

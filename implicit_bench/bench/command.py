@@ -98,7 +98,7 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
         except BaseException as error:
             stopped = isinstance(error, (KeyboardInterrupt, Interrupted))  # before the first round
             rec["status"] = "interrupted" if stopped else "failed"
-            rec["error"] = None if stopped else f"{type(error).__name__}: {error}"
+            rec["error"] = None if stopped else machine.told(error)
             record.write_record(folder, rec)
             sink.finish(1)
             if isinstance(error, Interrupted):
@@ -176,7 +176,7 @@ class Timing:
                 except Interrupted:
                     raise
                 except Exception as error:
-                    self.failed[row.label] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                    self.failed[row.label] = machine.told(error)
         return self._left()
 
     def _train(self) -> None:

@@ -102,7 +102,7 @@ def main() -> None:
                     row.put(torch.load(weights, weights_only=True))
                 print(json.dumps(_peak(row, _resident)), flush=True)
             except BaseException as error:
-                print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+                print(json.dumps({"error": machine.told(error)}), flush=True)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status == -signal.SIGKILL:

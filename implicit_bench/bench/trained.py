@@ -8,50 +8,13 @@ from pathlib import Path
 
 import torch
 
-from .. import config, record, runs
+from .. import record
 from ..lock import RunLock
 from ..terminal import progress
 from ..train import Fit, checkpoint, evaluate
-from ..words import Words
 from .rows import Row
 
 SEEN = 500  # validation images, for the accuracy that stands beside a time
-
-
-OWN = ("rounds", "time", "peers", "memory", "gpu", "logger", "paths", "force", "allow_targets")
-
-
-def of_runs(words: Words) -> list[config.Composed]:
-    """The jobs of `bench runs=A,B`: finished trainings as their records have them, timed here at their last weights.
-
-    Raises UsageError for a word that would make them others and for a run that is not done, RecordError where none is.
-    """
-    said = {o.key_or_group: o for o in config.parse(words.overrides)}
-    names = [str(name) for name in said.pop("runs").value()]
-    for key, o in said.items():
-        if key.partition(".")[0] not in OWN:
-            raise config.UsageError(f"runs= times trainings as they are; leave {o.input_line} out, or bench model=")
-    base = config.compose("bench", [o.input_line for o in said.values()], words.search).config
-    jobs = []
-    for name in names:
-        folder = record.find(base["paths"]["runs"], name, "train")
-        rec = record.read_record(folder)
-        if rec["command"] != "train" or rec["status"] != "done" or not (folder / checkpoint.NAMES[0]).exists():
-            what = f"a {rec['command']}" if rec["command"] != "train" else \
-                rec["status"] if rec["status"] != "done" else "a record without weights"  # fmt: skip
-            raise config.UsageError(f"runs={name} is {what}; bench times finished trainings, with their checkpoints")
-        own = {**base, **runs.trusted(rec["config"], base["allow_targets"])}
-        gpu = base["gpu"] if any(key.partition(".")[0] == "gpu" for key in said) else {**base["gpu"], "dtype": rec[
-            "config"]["gpu"]["dtype"]}  # fmt: skip
-        own |= {key: base[key] for key in (*OWN, "at")} | {"gpu": gpu}
-        choices = {"dataset": folder.name.rpartition("-s")[0].partition("-")[2]} | {
-            key: rec[key] for key in ("experiment", "protocol", "length")}  # fmt: skip
-        label = own["model"]["name"]
-        jobs.append(config.Composed(own, choices, label=label, trained=folder))
-    for job in jobs:
-        if sum(other.label == job.label for other in jobs) > 1 and job.trained:
-            job.label = job.trained.name
-    return jobs
 
 
 def where(row: Row, k: int | None) -> Path | None:

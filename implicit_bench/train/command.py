@@ -109,8 +109,7 @@ def _begin(job: config.Composed, cfg: dict[str, Any], folder: Path) -> dict[str,
         return rec
     before = record.read_record(folder)
     if before["status"] == "done":
-        rec["attempt"] = before["attempt"] + 1
-        record.set_aside(folder, (*SAVED, "metrics.jsonl", "record.json"), before["attempt"])
+        rec["attempt"] = record.next_attempt(folder, (*SAVED, "metrics.jsonl", "record.json"))
     else:
         rec |= {key: before[key] for key in ("attempt", "resumed_from", "started_at")}
         rec["timing"]["total_s"] = before["timing"]["total_s"]
@@ -158,7 +157,7 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
     except (NonFinite, DataError) as problem:
         error = str(problem)
     except Exception as problem:
-        error = f"{type(problem).__name__}: {next(iter(str(problem).strip().splitlines()), '')}"
+        error = machine.told(problem)
         (folder / "error.txt").write_text(traceback.format_exc())
     rec["status"] = {0: "done", 130: "interrupted"}.get(code, "failed")
     rec["error"] = error
