@@ -2,16 +2,20 @@
 
 usage: python scripts/timing.py [paths.data=DIR]     (MNIST is fetched if it is not there)
        python scripts/timing.py augment              the last part alone
+       python scripts/timing.py alike [key=value]    a model against itself, 20 times, kept in results/
 """
 
 from __future__ import annotations
 
+import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -114,12 +118,40 @@ def augmentation(batch: int = 128, images: int = 2048, rounds: int = 60) -> list
     return [[what, *speed, f"{ratio.value:.1f}× [{ratio.low:.1f}, {ratio.high:.1f}]"]]
 
 
+def alike(words: list[str], times: int = 20) -> None:
+    """`bench model=cdeq,cdeq` so often, each in a process of its own: the intervals of its ratio of training steps."""
+    given = ["bench", "model=cdeq,cdeq", "memory=false", "logger=none", "gpu.threads=1", *words]
+    found, environments = [], []
+    with tempfile.TemporaryDirectory() as name:
+        whole = [sys.executable, "-m", "implicit_bench", *given, f"paths.runs={name}"]
+        for k in range(times):
+            subprocess.run(whole, check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            rec = record.read_record(next(Path(name).glob("bench-*")))
+            (ratio,) = rec["ratios"]
+            found.append({key: ratio[key] for key in ("value", "low", "high", "n", "verdict")})
+            environments.append(rec["environment"])
+            print(f"{k + 1}/{times} {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]", file=sys.stderr)
+    facts = {**environments[0], "alone": [e["alone"] for e in environments]}
+    file = Path(__file__).parent.parent / "results" / facts["hardware"] / "alike.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"words": given, "environment": facts, "ratios": found}, indent=1) + "\n")
+    inside = sum(r["low"] <= 1 <= r["high"] for r in found)
+    widths = sorted((r["high"] - r["low"]) / 2 / r["value"] for r in found)
+    meet = sum(a["low"] <= b["high"] and b["low"] <= a["high"] for a, b in pairwise(found))
+    print(f"a model against itself: {inside} of {times} intervals have 1 in them; half-width "
+          f"{statistics.median(widths):.1%} (median), {widths[-1]:.1%} at most; of {times - 1} successive pairs of "
+          f"intervals {meet} overlap")  # fmt: skip
+
+
 def main() -> None:
+    words = [w for w in sys.argv[1:] if "=" in w]
+    if "alike" in sys.argv:
+        alike(words)
+        return
     policy = machine.set_allocator_policy()
     torch.set_num_threads(1)
     facts = machine.fingerprint()
     alone = machine.Alone()
-    words = [w for w in sys.argv[1:] if "=" in w]
     config.compose("train", words)
     first, second = [], []
     if "augment" not in sys.argv:

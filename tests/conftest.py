@@ -26,6 +26,18 @@ def _quiet_wandb(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def brisk(monkeypatch):
+    """A bench in this process that does not wait until it is warm, nor ask what a convolution does here: for tests of
+    what it says and leaves. Warming up and prices have tests of their own."""
+    from implicit_bench import clock, machine
+
+    real, price = clock.warm_up, clock.unit_cost
+    monkeypatch.setattr(clock, "warm_up", lambda run: real(run, max_passes=2))
+    monkeypatch.setattr(clock, "unit_cost", lambda fn, device: price(fn, device=device, min_time_s=0.02))
+    monkeypatch.setattr(machine, "convolution_gflops", lambda device: 100.0)
+
+
+@pytest.fixture
 def late(monkeypatch):
     """Makes every flag a late one, as on CUDA, from the moment it is called."""
     from late import Event

@@ -374,7 +374,7 @@ def test_an_experiment_of_the_first_paper_has_its_numbers(name):
         assert made.total_steps(images - val_size) == steps
     smoke = compose(f"experiment={name}", "length=smoke").config["recipe"]
     assert config.make(smoke, "recipe").total_steps(images) == {"cdeq_cifar10_small": 450}.get(name, 100)
-    assert smoke["pretrain_steps"] == {"cdeq_cifar10_small": 300}.get(name, 0)
+    assert smoke["pretrain_steps"] == {"cdeq_cifar10_small": 440}.get(name, 0)
     short = config.make(compose(f"experiment={name}", "length=short").config["recipe"], "recipe")
     assert short.total_steps(images) == 3 * short.steps_an_epoch(images) < 70_000
 

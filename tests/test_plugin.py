@@ -111,7 +111,8 @@ def test_its_data_set_can_be_learned_looked_at_and_timed(folder):
     refused = call(folder, "eval", "run=last", code=2)
     assert "to use your own package add 'allow_targets=[my_parts]'" in refused
     assert "accuracy" in call(folder, "eval", "run=last", MINE[0])
-    call(folder, "bench", MINE[0], "dataset=gratings", "model=deq,explicit", "rounds=2", "logger=none")
+    call(folder, "bench", MINE[0], "dataset=gratings", "model=deq,explicit", "rounds=2", "memory=false",
+         "logger=none")  # fmt: skip
     said = call(folder, "data", MINE[0], "dataset=gratings")
     assert said == "data    Gratings: 1,000 + 400 images of 1 x 12 x 12, 4 classes\n"
     assert "contrast=2" in call(folder, "train", *ALL, *words, "dataset.contrast=2", code=2)

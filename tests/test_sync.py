@@ -74,7 +74,7 @@ sys.exit(sync([Path({str(folder)!r})], {", ".join(options)}))
 
 WORDS = {
     "train": ("train", "model=skip_deq", "recipe.max_steps=90", "progress.log_steps=20"),
-    "bench": ("bench", "model=explicit,skip_deq", "rounds=3", "length=smoke"),
+    "bench": ("bench", "model=explicit,skip_deq", "rounds=3", "memory=false", "length=smoke"),
 }
 
 

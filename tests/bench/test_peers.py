@@ -98,7 +98,7 @@ def test_a_peer_that_is_not_installed_is_a_sentence(tmp_path, capsys, monkeypatc
     assert said == "implicit-bench: peers=torchdeq is not installed; pip install 'implicit-bench[peers]'\n"
 
 
-def test_peers_stand_beside_our_rows_and_are_no_papers_claim(tmp_path, capsys):
+def test_peers_stand_beside_our_rows_and_are_no_papers_claim(tmp_path, capsys, brisk):
     words = jobs.words(tmp_path, "model=deq,neural_ode", "rounds=2", "memory=false", "peers=torchdeq,torchdiffeq")
     assert main(["bench", *words]) == 0
     out = capsys.readouterr().out

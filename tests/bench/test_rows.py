@@ -77,7 +77,7 @@ def test_unit_costs_are_of_one_call(made):
 
 
 @pytest.mark.parametrize(("inject", "verdict"), [("frozen", "equal"), ("state", "not equal")])
-def test_an_anode_whose_h_stands_still_is_timed_beside_the_same_function(tmp_path, inject, verdict):
+def test_an_anode_whose_h_stands_still_is_timed_beside_the_same_function(tmp_path, inject, verdict, brisk):
     own = ["experiment=homo_mnist", "dataset=digits", "network=homo_conv", "network.width=32", "solver=rk4",
            "solver.dt=0.5", "adjoint=unroll", "recipe.batch=8"]  # fmt: skip
     words = {"homo_ode zero rk4": ["model=homo_ode", "init=zero", "penalty=[none]"],

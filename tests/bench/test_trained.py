@@ -94,7 +94,7 @@ def test_rows_stand_still_at_their_step(made):
     assert same(row.model.state_dict(), made().model.state_dict())
 
 
-def test_finished_runs_are_timed_at_their_own_weights(tmp_path, capsys):
+def test_finished_runs_are_timed_at_their_own_weights(tmp_path, capsys, brisk):
     words, folders = jobs.words(tmp_path, "recipe.max_steps=9", "recipe.batch=20"), []
     for own in (["model=deq", "stop.tol=0.02"], ["model=explicit"]):
         folders.append(train(config.compose("train", [*own, *words]), words).folder)

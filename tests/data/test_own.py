@@ -65,7 +65,7 @@ def test_it_trains(mine, tmp_path):
     assert done.folder.name.startswith("skip_deq-stripes-s0-")
 
 
-def test_it_is_timed(mine, tmp_path, capsys):
+def test_it_is_timed(mine, tmp_path, capsys, brisk):
     jobs_ = [config.compose("bench", jobs.words(tmp_path, *mine, f"model={m}", "recipe.batch=8", "rounds=2"), ["mine"])
              for m in ("deq", "skip_deq")]  # fmt: skip
     assert bench(jobs_, ["model=deq,skip_deq"]) == 0

@@ -245,7 +245,7 @@ def test_a_moving_h_has_a_field_of_its_own():
 
 
 def solver_of(name):
-    return {"rk4": RK4(0.01), "dopri5": Dopri5(1e-10, 1e-10), "torchdiffeq": TorchDiffeq("dopri5", 1e-10, 1e-10)}[name]
+    return {"rk4": RK4(0.01), "dopri5": Dopri5(1e-9, 1e-9), "torchdiffeq": TorchDiffeq("dopri5", 1e-8, 1e-8)}[name]
 
 
 @pytest.mark.parametrize("solver", ["rk4", "dopri5", "torchdiffeq"])
