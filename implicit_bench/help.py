@@ -95,7 +95,7 @@ usage: {PROG} bench model=A,B[,C] [key=value ...]        keys may list values; e
        {PROG} bench runs=A,B [rounds=N|time=T] [gpu.key=value ...]    finished trainings, at their last weights
 
 Rows share data set, seed, batches and gpu. Rounds of training steps and predictions alternate between the rows, so that
-the machine's drift hits all of them. A ratio is of medians over paired rounds, for the pairs that the claims R1-R9 of
+the machine's drift hits all of them. A ratio is the median over paired rounds, for the pairs that the claims R1-R9 of
 arXiv 2201.12240 are about, and the first row over each row left, with a moving-block bootstrap 95 % interval. `why`:
 how many calls of f and VJPs make it, at the price of one alone; ×floor: a step's time over all its calls at that price.
 at: rows are timed at their weights after so many training steps, which are made once and kept in runs/.trained, and

@@ -132,7 +132,7 @@ def alike(words: list[str], times: int = 20) -> None:
             environments.append(rec["environment"])
             print(f"{k + 1}/{times} {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]", file=sys.stderr)
     facts = {**environments[0], "alone": [e["alone"] for e in environments]}
-    file = Path(__file__).parent.parent / "results" / facts["hardware"] / "alike.json"
+    file = Path(__file__).parent.parent / "results" / facts["hardware"].replace(" ", "_") / "alike.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"words": given, "environment": facts, "ratios": found}, indent=1) + "\n")
     inside = sum(r["low"] <= 1 <= r["high"] for r in found)

@@ -28,7 +28,7 @@ def _both(path: Path) -> list[Path]:
 
 
 def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], title: str,
-                 of: str = "ratio of medians, 95 % interval") -> None:  # fmt: skip
+                 of: str = "median ratio of paired rounds, 95 % interval") -> None:  # fmt: skip
     """Horizontal bars of ratios with their intervals: (label, value, low, high) each, alike where there is none."""
     with _drawn(path, size=(6.75, 0.9 + 0.42 * len(bars))) as figure:
         axes = figure.subplots()
