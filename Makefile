@@ -13,7 +13,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 setup: $(VENV)/.stamp   ## make .venv with everything installed
 
-demo: setup       ## train a Skip DEQ on real digits and time it against its rivals, under a minute
+demo: setup       ## train a Skip DEQ on real digits and time it against its rivals, about a minute
 	@PATH="$(VENV)/bin:$$PATH" $(PY) scripts/demo.py
 
 readme: setup     ## rewrite the demo's output in README.md

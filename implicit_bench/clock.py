@@ -208,10 +208,10 @@ def ratio(
 ) -> Ratio:
     """Median of a / b over paired rounds with a moving-block bootstrap interval; the times must be above 0.
 
-    The median, so that a hiccup is nothing, of the rounds' quotients, so that what moves both rows of a round, a trend in
-    their evaluations too, cancels. Resamples draw blocks of 2 n^(1/3) successive rounds, which may wrap past the end
-    (Politis and Romano 1992). The log ratio's percentiles are stretched about the estimate by t/z at n/block - 1 degrees
-    of freedom, since there are only so many blocks. The interval means little under `MIN_ROUNDS`.
+    The median, so that a hiccup is nothing, of the rounds' quotients, so that what moves both rows of a round cancels,
+    a trend in their evaluations too. Resamples draw blocks of 2 n^(1/3) successive rounds, which may wrap past the end
+    (Politis and Romano 1992). The log ratio's percentiles are stretched about the estimate by t/z at n/block - 1
+    degrees of freedom, since there are only so many blocks. The interval means little under `MIN_ROUNDS`.
 
     Coverage at 95 %: AR(1) log-normal times, 5 % sd, whatever share of it is common; 3 seeds x 2000, * 1 x 1000:
         rho          0     .3     .6    .8*   .9*

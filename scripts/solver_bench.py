@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from page import of_hardware
 import torch
 from torch import Tensor, nn
 
@@ -484,7 +485,7 @@ def main() -> None:
     print(f"{facts['hardware']}, torch {facts['torch']}, {device.threads} threads, allocator {facts['allocator']}, "
           f"alone: {facts['alone']}, {time.time() - began:.0f} s")  # fmt: skip
     if args.save:
-        save(ROOT / "results" / str(facts["hardware"]).replace(" ", "_"), facts, found, cells)
+        save(of_hardware(ROOT / "results", str(facts["hardware"])), facts, found, cells)
 
 
 if __name__ == "__main__":

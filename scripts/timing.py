@@ -18,6 +18,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import page
 import torch
 
 from implicit_bench import clock, config, machine, record
@@ -132,7 +133,7 @@ def alike(words: list[str], times: int = 20) -> None:
             environments.append(rec["environment"])
             print(f"{k + 1}/{times} {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]", file=sys.stderr)
     facts = {**environments[0], "alone": [e["alone"] for e in environments]}
-    file = Path(__file__).parent.parent / "results" / facts["hardware"].replace(" ", "_") / "alike.json"
+    file = page.of_hardware(page.ROOT / "results", facts["hardware"]) / "alike.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"words": given, "environment": facts, "ratios": found}, indent=1) + "\n")
     inside = sum(r["low"] <= 1 <= r["high"] for r in found)
