@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from page import of_hardware
 import torch
+from page import of_hardware
 from torch import Tensor, nn
 
 from implicit_bench import clock, machine
