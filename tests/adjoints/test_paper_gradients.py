@@ -54,12 +54,12 @@ def test_a_frozen_adjoint_is_the_integral_of_the_last_cotangent(solver):
     z, _, _ = adjoint(F, z0, to_end(TIGHT[solver], reduce=BATCH), (W,))
     got, start = torch.autograd.grad((z * G).sum(), (W, z0))
     close(start, G, 1e-12)
-    n, total = 64, torch.zeros_like(W)
+    n, total, at, before = 8, torch.zeros_like(W), z0.detach(), 0.0
     nodes, weights = (torch.from_numpy(a) for a in leggauss(8))
     for k in range(n):
         for node, weight in zip((nodes + 1) / 2, weights / 2):
             t = (k + float(node)) / n
-            at = solve(F, z0.detach(), solver=RK4(0.01), stop=EndTime(t)).value.detach()
+            at, before = solve(F, at, solver=RK4(0.01), stop=EndTime(t - before)).value.detach(), t
             total += torch.autograd.grad((F(at, None) * G).sum(), W)[0] * float(weight) / n
     close(got, total, 1e-7)
     exact, _, _ = Unroll()(F, z0, to_end(Tsit5(1e-10, 1e-10), reduce=BATCH), ())
