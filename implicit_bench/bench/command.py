@@ -108,7 +108,8 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
 
 
 def _run(timing: Timing, rec: dict[str, Any], folder: Path, sink: Sink, began: float) -> int:
-    alone = machine.Alone()
+    timing.train()
+    alone = machine.Alone()  # of what is timed: a disturbed training changes no figure
     stages = timing.stages(rec["environment"])
     failed = timing.failed
     rec["environment"]["alone"] = alone.read()
@@ -146,8 +147,6 @@ class Timing:
     failed: Failed = field(default_factory=dict)
 
     def stages(self, environment: dict[str, Any]) -> list[Stage]:
-        """Raises train.Interrupted after saving, while weights along training are made."""
-        self._train()
         if not self._left():
             return []
         environment["convolution_gflops"] = machine.convolution_gflops(self.rows[0].device.torch)
@@ -179,8 +178,8 @@ class Timing:
                     self.failed[row.label] = machine.told(error)
         return self._left()
 
-    def _train(self) -> None:
-        """The rows' weights along training, those of them that are not kept from before."""
+    def train(self) -> None:
+        """Make the weights along training that are not kept yet. Raises train.Interrupted after saving."""
         at = [k for k in self.at if k]
         missing = {row.label: max(lacking) for row in self.rows if not row.peer_of and (lacking := lacks(row, at))}
         ours = [row for row in self.rows if row.label in missing]

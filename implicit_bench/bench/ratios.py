@@ -13,7 +13,7 @@ from .. import clock
 from ..clock import Ratio
 from ..papers import Table
 from ..record import CONVERGED_ENOUGH
-from ..report.ratios import too_wide
+from ..report.ratios import too_wide, verdict
 from ..terminal import number
 from .claims import asked
 
@@ -179,7 +179,7 @@ def _errors(a: Figures, b: Figures) -> Ratio:
     half = 1.96 * math.sqrt(sum((1 - rate) / k for k, rate in zip(wrong, rates)))
     value = rates[0] / rates[1]
     low, high = value * math.exp(-half), value * math.exp(half)
-    return Ratio(value, low, high, a.val_n, "faster" if low > 1 else "slower" if high < 1 else "no difference")
+    return Ratio(value, low, high, a.val_n, verdict(low, high))
 
 
 def _logits(a: Figures, b: Figures) -> Ratio:

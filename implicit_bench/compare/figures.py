@@ -11,7 +11,7 @@ from typing import Any
 
 from ..bench.claims import CLAIMS, Claim
 from ..record import CONVERGED_ENOUGH, read_jsonl
-from ..report.ratios import Line, too_wide
+from ..report.ratios import Line, too_wide, verdict
 from .rows import Row, Run
 
 MEASURES = ("step", "epochs", "accuracy")
@@ -125,8 +125,10 @@ class Pair:
         }  # fmt: skip
         try:
             times = self.times(measure)
-            found |= spread(times) if measure == "spread" else ratio(times)
-            if measure != "spread":
+            if measure == "spread":
+                found |= spread(times)
+            else:
+                found |= ratio(times)
                 found["seeds"] = {str(seed): a / b for seed, (a, b) in zip(self.seeds, times)}
         except Unknown as why:
             found["verdict"] = str(why)
@@ -167,8 +169,7 @@ def ratio(times: Sequence[tuple[float, float]]) -> dict[str, Any]:
         return {"value": math.exp(centre), "verdict": "one seed"}
     half = t_quantile(0.95, len(logs) - 1) * stdev(logs) / math.sqrt(len(logs))
     low, high = math.exp(centre - half), math.exp(centre + half)
-    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
-    return {"value": math.exp(centre), "low": low, "high": high, "verdict": verdict}
+    return {"value": math.exp(centre), "low": low, "high": high, "verdict": verdict(low, high)}
 
 
 def spread(errors: Sequence[tuple[float, float]]) -> dict[str, Any]:
@@ -182,8 +183,7 @@ def spread(errors: Sequence[tuple[float, float]]) -> dict[str, Any]:
     t = t_quantile(0.95, len(errors) - 1) / math.sqrt(len(errors) - 1)
     root = t + math.sqrt(t * t + 1)
     low, high = a / b / root, a / b * root
-    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
-    return {"value": a / b, "low": low, "high": high, "verdict": verdict}
+    return {"value": a / b, "low": low, "high": high, "verdict": verdict(low, high)}
 
 
 def t_quantile(level: float, df: int) -> float:

@@ -57,6 +57,11 @@ def scalars(lines: Sequence[Line]) -> dict[str, float]:
     return found
 
 
+def verdict(low: float, high: float) -> str:
+    """What an interval of a ratio says of the row in the denominator."""
+    return "faster" if low > 1 else "slower" if high < 1 else "no difference"
+
+
 def too_wide(verdict: str, low: float, high: float) -> list[str]:
     """The caveat of an interval in which a difference worth having may hide."""
     return ["interval too wide to tell"] if verdict == "no difference" and high > 1.2 * low else []
