@@ -33,7 +33,7 @@ class Row:
         self.model = device.place(parts.model)
         if device.compile:
             self.model.layer.cell.compile()
-        self.recipe = replace(parts.recipe, pretrain_steps=0)  # which solve nothing
+        self.whole, self.recipe = parts.recipe, replace(parts.recipe, pretrain_steps=0)  # such steps solve nothing
         self.order = data.order(len(data.train), job.config["seed"], 1)
         try:
             total = self.recipe.total_steps(len(data.train))
@@ -131,6 +131,15 @@ class Row:
         yield
         self.put(before)
         self.batches, self.tally = 0, Tally()
+
+    @contextlib.contextmanager
+    def pretraining(self) -> Iterator[None]:
+        """The recipe's first steps solve nothing, where it says so."""
+        self.step.recipe = self.whole
+        try:
+            yield
+        finally:
+            self.step.recipe = self.recipe
 
     def state(self) -> dict[str, Any]:
         """A copy of the model's and of what is stateful in a step."""

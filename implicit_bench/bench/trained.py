@@ -26,6 +26,7 @@ def where(row: Row, k: int | None) -> Path | None:
 
 def kept(row: Row, k: int) -> Path:
     cfg = {key: value for key, value in row.job.config.items() if key not in record.MEASURING}
+    cfg["gpu"] = {**cfg["gpu"], "threads": None}  # which change a rounding, and cost hours to train anew for
     name = record.folder_name(row.name, row.job.choices["dataset"], cfg["seed"], record.run_id(cfg))
     return Path(cfg["paths"]["runs"], ".trained", name, f"at-{k}.pt")
 
@@ -38,15 +39,15 @@ def lacks(row: Row, at: Sequence[int]) -> list[int]:
 def trained(row: Row, at: Sequence[int]) -> None:
     """Train the row to each of these steps, as far as that has not been done; its own weights stay what they are.
 
-    A training that was interrupted goes on where it stood. Nothing is pretrained. Raises train.Interrupted after
-    saving, train.NonFinite.
+    A training that was interrupted goes on where it stood. The recipe's own pretraining is part of it, as in `train`,
+    though what is timed solves. Raises train.Interrupted after saving, train.NonFinite.
     """
     missing = lacks(row, at)
     if not missing:
         return
     folder, cfg = kept(row, 0).parent, row.job.config
-    with RunLock(folder), row.unchanged(), contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl:
-        fit = Fit(row.model, row.step, row.data, row.recipe, row.device, cfg["seed"], folder, jsonl,
+    with RunLock(folder), row.unchanged(), row.pretraining(), contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl:
+        fit = Fit(row.model, row.step, row.data, row.step.recipe, row.device, cfg["seed"], folder, jsonl,
                   lambda values, step: None, **cfg["progress"])  # fmt: skip
         begun = checkpoint.load(folder, torch.device("cpu"), lambda line: None)
         if begun and begun["step"] > missing[0]:  # past it: once more from the beginning

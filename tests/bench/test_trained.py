@@ -46,6 +46,24 @@ def test_they_are_those_of_a_training_whatever_the_steps_asked_for(made, tmp_pat
     assert same(weights(constant, 45), checkpoint.load(outcome.folder, torch.device("cpu"), print)["model"])
 
 
+def test_a_recipes_pretraining_is_part_of_them_and_what_is_timed_solves(made, tmp_path):
+    own = ("recipe.pretrain_steps=3", "recipe.pretrain_depth=2", "recipe.schedule=constant")
+    row = made("skip_deq", *own)
+    trained.trained(row, [3])
+    words = jobs.words(tmp_path, "model=skip_deq", "recipe.max_steps=3", *own)
+    outcome = train(config.compose("train", words), words)
+    assert outcome.record["solve"]["nfe_forward"] == 2  # pretraining alone: the depth
+    assert same(weights(row, 3), checkpoint.load(outcome.folder, torch.device("cpu"), print)["model"])
+    trained.put(row, 3, row)
+    row.measure(1)
+    assert row.tally.means()["nfe_forward"] > 2
+
+
+def test_threads_make_no_other_training_and_a_dtype_does(made):
+    one, other, double = made(), made("skip_deq", "gpu.threads=2"), made("skip_deq", "gpu.dtype=float64")
+    assert trained.where(one, 5) == trained.where(other, 5) != trained.where(double, 5)
+
+
 def test_what_is_there_is_not_made_again_and_what_is_earlier_is(made):
     row = made()
     trained.trained(row, [4])
