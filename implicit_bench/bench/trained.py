@@ -46,7 +46,8 @@ def trained(row: Row, at: Sequence[int]) -> None:
     if not missing:
         return
     folder, cfg = kept(row, 0).parent, row.job.config
-    with RunLock(folder), row.unchanged(), row.pretraining(), contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl:
+    with (RunLock(folder), row.unchanged(), row.pretraining(),
+          contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl):  # fmt: skip
         fit = Fit(row.model, row.step, row.data, row.step.recipe, row.device, cfg["seed"], folder, jsonl,
                   lambda values, step: None, **cfg["progress"])  # fmt: skip
         begun = checkpoint.load(folder, torch.device("cpu"), lambda line: None)
