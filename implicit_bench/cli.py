@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import logging
 import os
 import sys
@@ -54,9 +55,10 @@ def _with_manners(name: str, args: list[str]) -> int:
     from . import terminal
 
     formats = [a.partition("=")[2] for a in args if a.startswith("format=")]
+    possible = terminal.TEX if name == "table" else terminal.FORMATS
     for format in formats:
-        if format not in terminal.FORMATS:
-            raise UsageError(f"no format {format!r}{nearest(format, terminal.FORMATS)}")
+        if format not in possible:
+            raise UsageError(f"no format {format!r}{nearest(format, possible)}")
     rest = [a for a in args if a not in ("-q", "--quiet") and not a.startswith("format=")]
     if formats and name == "train" and "plan=true" not in rest:
         raise UsageError("train prints no table to format; its figures are in record.json, and runs format=csv has all")
@@ -310,12 +312,6 @@ def _runs(args: list[str]) -> int:
     return command(words, [Path(folder) for folder in options["records"]], "-y" in flags)
 
 
-def _compare(args: list[str]) -> int:
-    from .compare.command import command
-
-    return command(args)
-
-
 def _doctor(args: list[str]) -> int:
     words, _, options = plain(args, "doctor", records="runs", data="data")
     if words:
@@ -337,13 +333,13 @@ def _sync(args: list[str]) -> int:
     return sync(folders, mode, project, entity, force="--force" in flags)
 
 
-def _completion(args: list[str]) -> int:
-    from .complete import script
-
-    return script(args)
+def _of(module: str, name: str) -> Callable[[list[str]], int]:
+    """A command of another module, which is imported when it is asked for."""
+    return lambda args: getattr(importlib.import_module(f".{module}", __package__), name)(args)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **{task.__name__.removeprefix("_"): _composing(task) for task in (_train, _eval, _bench, _check, _data)},
-    "compare": _compare, "list": _list, "runs": _runs, "sync": _sync, "doctor": _doctor, "completion": _completion,
+    "compare": _of("compare.command", "command"), "table": _of("table.command", "command"), "list": _list,
+    "runs": _runs, "sync": _sync, "doctor": _doctor, "completion": _of("complete", "script"),
 }  # fmt: skip

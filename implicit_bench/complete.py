@@ -40,6 +40,7 @@ COMPOSING = ("train", "bench", "check", "eval", "data")
 FLAGS = {"train": ("-m", "--config-dir", "--cfg", "--info", "--resolve"), "runs": ("-y",)}
 STATES = ("done", "failed", "interrupted", "running", "stopped")
 WORDS = {"plan": ("true", "false"), "format": FORMATS, "status": STATES}
+TABLE = ("table", "rows", "columns", "seeds", "records", "run_missing", "time", "publish", "out", "logger")
 CHOICES = {"eval.split": ("test", "val", "train")}
 
 
@@ -78,8 +79,12 @@ def _candidates(command: str, given: Sequence[str], word: str) -> list[str]:
         return _override(command, given, key, bool(equals), value)
     if equals:
         group = "model" if key in ("base", "against") else key
-        names = files(group, ()) if command == "compare" and group in GROUPS else ()
+        names = files(group, ()) if command in ("compare", "table") and group in (*GROUPS, "table") else ()
+        if command == "table" and key in ("run_missing", "publish"):
+            names = ("true", "false")  # type: ignore[assignment]
         return _each(key, value, WORDS.get(key, names))
+    if command == "table":
+        return [f"{key}=" for key in (*TABLE, "format", "protocol", "length")]
     if command == "compare":
         return [f"{key}=" for key in ("base", "against", "records", "paths.runs", "plan", "format", *GROUPS)]
     runs = _runs(given, word) if command == "sync" or given[:1] in (["diff"], ["rm"]) else []

@@ -14,6 +14,7 @@ commands
   bench     time several models against each other, interleaved in one process: ratios with intervals
   check     prove a solver, an adjoint or a network of your own on problems with known answers
   compare   ratios between trainings by seed, from their records: a step, equal epochs, equal accuracy
+  table     the papers' tables and the verdict on their claims, from records; runs what is missing
   data      fetch and verify a data set
   sync      rebuild runs on Weights & Biases from their records
   doctor    look at machine and installation; a remedy for everything amiss
@@ -134,6 +135,33 @@ examples
   {PROG} compare base=neural_ode against=cdeq,skip_cdeq
   {PROG} compare base=cdeq against=deq dataset=mnist protocol=sound records=runs,results
   {PROG} compare base=solver=tsit5 against=solver=vcab3 model=cdeq logger=none
+""",
+    "table": f"""{PROG} table: the papers' tables, measured beside published, and what holds of their claims
+
+usage: {PROG} table [table=NAME] [key=value ...]
+
+Reads records and trains nothing, unless run_missing=true. A table is a file of configs/table (`list tables`): rows are
+words for `train`; columns are figures of their trainings (mean ± sd over n seeds) and of the latest `bench table=NAME`,
+beside the paper's, where they could be read. Records are matched by what they computed, whatever the hardware; what
+different machines say is never averaged: a row then has a line for each. Any other word, such as protocol=faithful or
+length=short, is said to every row. table=claims is about ratios of benches: holds, partly, fails, not testable here.
+
+keys (default)
+  table=NAME (claims)        rows=A,B   columns=A,B   seeds=0,1 (the table's)
+  records=DIR,... (runs,results)                            format=text|md|csv|tex|json (text)
+  run_missing=true           train what has no finished record, seed by seed; the same command goes on where it stopped;
+                             time=30m begins nothing new after that; several at once share the work
+  out=DIR                    NAME.md, .csv, .tex, .json, .txt there    publish=true  copy the records used to results/
+  logger=wandb               a W&B run with the table (none)
+A table of your own (--config-dir): `inherits: cdeq_mnist`, and the rows that it adds.
+
+examples
+  {PROG} table
+  {PROG} table table=cdeq_mnist protocol=faithful format=md
+  {PROG} table table=mdeq_fashion run_missing=true time=30m gpu.threads=1
+  {PROG} table table=cdeq_cifar10_small format=tex > cifar10.tex
+
+exit    0 shown · 1 a run failed before it began · 2 usage · 3 some trainings failed · 130 interrupted
 """,
     "check": f"""{PROG} check: prove a solver, an adjoint or a network on problems with known answers
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,11 @@ from typing import Any
 import torch
 
 _PROC = Path("/proc")
+
+
+def folder_name(hardware: str) -> str:
+    """Of a machine's records below results/: 2-core_AMD_EPYC, 2-core_Intel_Xeon_2.50GHz."""
+    return "_".join(re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@", " ", hardware).split())
 
 
 def is_cuda(device: str | torch.device) -> bool:

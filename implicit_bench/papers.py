@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from .schema import UsageError, files, nearest
 
-KEYS = ("title", "source", "inherits", "words", "on_cpu", "claims", "rows")
+KEYS = ("title", "source", "inherits", "words", "on_cpu", "claims", "rows", "kind", "seeds", "columns", "target",
+        "lines")  # fmt: skip
 ROW_KEYS = ("words", "published", "more")
+KINDS = ("cells", "claims", "bars", "board")  # what `table` makes of it; bench takes the first alone
+SEEDS = {"sound": [0, 1, 2], "faithful": [0]}
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,16 @@ class Table:
     on_cpu: list[str]  # of every row where there is no GPU
     claims: list[str]  # ids of bench/claims.py
     rows: dict[str, Row]
+    kind: str = "cells"
+    seeds: dict[str, list[int]] = field(default_factory=lambda: SEEDS)  # by protocol
+    columns: list[str] = field(default_factory=list)  # of table.COLUMNS
+    target: float | None = None  # the accuracy, a share, of the column target_s
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of the kinds that have no cells
 
     def chosen(self, names: Sequence[str] | None) -> dict[str, Row]:
         """The rows named, or all but those that are to be asked for; [all] is really all. Raises UsageError."""
+        if self.kind != "cells":
+            raise UsageError(f"table={self.name} has no rows to run; implicit-bench table table={self.name} shows it")
         if not names:
             return {name: row for name, row in self.rows.items() if not row.more}
         if list(names) == ["all"]:
@@ -114,10 +124,12 @@ def table(name: str, search: tuple[str, ...] = ()) -> Table:
         for key in row if isinstance(row, dict) else [str(row)]:
             if key not in ROW_KEYS:
                 raise UsageError(f"{found[name]}: row {label} has no key {key!r}{nearest(key, ROW_KEYS)}")
+    if (kind := said.get("kind", "cells")) not in KINDS:
+        raise UsageError(f"{found[name]}: no kind {kind!r}{nearest(kind, KINDS)}")
     base = table(said["inherits"], search) if said.get("inherits") else Table(name, name, "", [], [], [], {})
     merged = {label: vars(row) for label, row in base.rows.items()}
     for label, row in rows.items():
         merged[label] = {**merged.get(label, {}), **row}
-    return Table(name, said.get("title", base.title), said.get("source", base.source), said.get("words", base.words),
-                 said.get("on_cpu", base.on_cpu), said.get("claims", base.claims),
-                 {label: Row(**row) for label, row in merged.items()})  # fmt: skip
+    own = {key: value for key, value in said.items() if key not in ("inherits", "rows")}
+    return replace(base, name=name, rows={label: Row(**row) for label, row in merged.items()},
+                   **{"title": name, **({"title": base.title} if said.get("inherits") else {}), **own})  # fmt: skip

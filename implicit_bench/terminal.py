@@ -13,6 +13,7 @@ from typing import Any
 
 INDENT = " " * 8
 FORMATS = ("text", "md", "csv", "json")
+TEX = (*FORMATS, "tex")  # of `table`
 QUIET = "IMPLICIT_BENCH_QUIET"  # in the environment, so that a launcher's workers are quiet too
 format = "text"  # of the tables on standard output; any other than text has it to itself
 

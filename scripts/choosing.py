@@ -231,7 +231,7 @@ def main() -> int:
     began = time.perf_counter()
     common = [f"recipe.epochs={args.epochs}", *args.common]
     environment = config.make(config.compose("train", ALWAYS).config["gpu"], "gpu").environment()
-    folder = page.of_hardware(args.results, environment["hardware"])
+    folder = args.results / machine.folder_name(environment["hardware"])
     file = folder / "choosing.json"
     old = json.loads(file.read_text()) if file.exists() else {"tables": {}, "alone": {}}
     figures: dict[str, Any] = {

@@ -429,7 +429,7 @@ def main() -> int:
         return 0
     gpu = config.compose("train", ["gpu=cpu", f"gpu.threads={args.threads}"]).config["gpu"]
     environment = config.make(gpu, "gpu").environment()
-    file = page.of_hardware(args.results, environment["hardware"]) / "faithfulness.json"
+    file = args.results / machine.folder_name(environment["hardware"]) / "faithfulness.json"
     figures = json.loads(file.read_text()) if file.exists() else {}
     file.parent.mkdir(parents=True, exist_ok=True)
     for name in args.names:

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-
-
-def of_hardware(results: Path, hardware: str) -> Path:
-    """The folder of a machine's records: results/2-core_AMD_EPYC, results/2-core_Intel_Xeon_2.50GHz."""
-    return results / "_".join(re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@", " ", hardware).split())
 
 
 def put(page: str, parts: Mapping[str, str]) -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from page import of_hardware
 from torch import Tensor, nn
 
 from implicit_bench import clock, machine
@@ -485,7 +484,7 @@ def main() -> None:
     print(f"{facts['hardware']}, torch {facts['torch']}, {device.threads} threads, allocator {facts['allocator']}, "
           f"alone: {facts['alone']}, {time.time() - began:.0f} s")  # fmt: skip
     if args.save:
-        save(of_hardware(ROOT / "results", str(facts["hardware"])), facts, found, cells)
+        save(ROOT / "results" / machine.folder_name(str(facts["hardware"])), facts, found, cells)
 
 
 if __name__ == "__main__":

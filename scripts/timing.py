@@ -2,6 +2,7 @@
 
 usage: python scripts/timing.py [paths.data=DIR]     (MNIST is fetched if it is not there)
        python scripts/timing.py augment              the last part alone
+       python scripts/timing.py timer                what timing a step costs, alone
        python scripts/timing.py alike [key=value]    a model against itself, 20 times, kept in results/
 """
 
@@ -22,6 +23,7 @@ import page
 import torch
 
 from implicit_bench import clock, config, machine, record
+from implicit_bench.bench.rows import initial_ms
 from implicit_bench.data import Dataset, Raw, ensure_torchvision
 from implicit_bench.report import tables
 
@@ -119,6 +121,22 @@ def augmentation(batch: int = 128, images: int = 2048, rounds: int = 60) -> list
     return [[what, *speed, f"{ratio.value:.1f}× [{ratio.low:.1f}, {ratio.high:.1f}]"]]
 
 
+def timer_cost() -> list[list[str]]:
+    """The marks of a step and their reading, against the cheapest step that is timed here."""
+    timer = clock.StepTimer("cpu")
+
+    def step() -> None:
+        timer.start()
+        for name in ("forward", "backward", "optimizer"):
+            timer.lap(name)
+        timer.drain()
+
+    us = clock.unit_cost(step, device="cpu") * 1e3
+    words = ("model=explicit", "gpu.threads=1")
+    (ms,) = initial_ms([config.compose("bench", words).config], seconds=5)
+    return [["explicit, digits, batch 32", f"{us:.2f} µs", f"{ms:.2f} ms", f"{us / ms / 1e3:.2%}"]]
+
+
 def alike(words: list[str], times: int = 20) -> None:
     """`bench model=cdeq,cdeq` so often, each in a process of its own: the intervals of its ratio of training steps."""
     given = ["bench", "model=cdeq,cdeq", "memory=false", "logger=none", "gpu.threads=1", *words]
@@ -133,7 +151,7 @@ def alike(words: list[str], times: int = 20) -> None:
             environments.append(rec["environment"])
             print(f"{k + 1}/{times} {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]", file=sys.stderr)
     facts = {**environments[0], "alone": [e["alone"] for e in environments]}
-    file = page.of_hardware(page.ROOT / "results", facts["hardware"]) / "alike.json"
+    file = page.ROOT / "results" / machine.folder_name(facts["hardware"]) / "alike.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"words": given, "environment": facts, "ratios": found}, indent=1) + "\n")
     inside = sum(r["low"] <= 1 <= r["high"] for r in found)
@@ -154,19 +172,23 @@ def main() -> None:
     facts = machine.fingerprint()
     alone = machine.Alone()
     config.compose("train", words)
-    first, second = [], []
-    if "augment" not in sys.argv:
+    first, second, third = [], [], []
+    if not {"augment", "timer"} & {*sys.argv}:
         with tempfile.TemporaryDirectory() as name:
             first = start_up(Path(name))
             second = epoch_share(Path(name), words)
-    third = augmentation()
+    if "timer" not in sys.argv:
+        third = augmentation()
     print(f"{facts['cores']}-core {facts['cpu']}, torch {facts['torch']}, one thread, "
           f"allocator {policy}, alone: {alone.read()}\n")  # fmt: skip
     if first:
         print(tables.markdown(["command", "median wall"], first))
         print(tables.markdown(["epoch of", "wall", "steps", "mean step", "outside", "a batch"], second))
-    theirs = f"torchvision v2, an image at a time, {os.cpu_count()} cores"
-    print(tables.markdown(["images/s", "here, one core", theirs, "ratio"], third))
+    if "augment" not in sys.argv:
+        print(tables.markdown(["step of", "its timer", "median step", "share"], timer_cost()))
+    if third:
+        theirs = f"torchvision v2, an image at a time, {os.cpu_count()} cores"
+        print(tables.markdown(["images/s", "here, one core", theirs, "ratio"], third))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Trained:
 
     @cached_property
     def epochs(self) -> list[dict[str, Any]]:
-        return [row for row in read_jsonl(self.run.folder / "metrics.jsonl") if "epoch" in row]
+        return [row for row in read_jsonl(self.run.history) if "epoch" in row]
 
     @cached_property
     def seconds(self) -> list[float]:

@@ -28,6 +28,12 @@ class Run(NamedTuple):
     def seed(self) -> int:
         return self.record["config"]["seed"]
 
+    @property
+    def history(self) -> Path:
+        """metrics.jsonl of the run; of a record in results/, its own."""
+        own = self.folder / f"{self.name}.metrics.jsonl"
+        return own if own.exists() else self.folder / "metrics.jsonl"
+
 
 @dataclass(frozen=True)
 class Row:

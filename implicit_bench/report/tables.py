@@ -31,6 +31,27 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
+TEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+       "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "±": r"$\pm$", "×": r"$\times$", "–": "--"}  # fmt: skip
+
+
+def latex(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A table float of booktabs, its notes below it."""
+
+    def told(text: str) -> str:
+        return "".join(TEX.get(letter, letter) for letter in text)
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(map(told, cells)) + r" \\"
+
+    wordy = [any(row[i][:1].isalpha() for row in rows) for i in range(len(columns))]
+    head = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{told(title)}}}",
+            rf"\begin{{tabular}}{{{''.join('l' if word else 'r' for word in wordy)}}}", r"\toprule", line(columns),
+            r"\midrule"]  # fmt: skip
+    foot = [r"\bottomrule", r"\end{tabular}", *(rf"\par\footnotesize {told(note)}" for note in notes), r"\end{table}"]
+    return "\n".join([*head, *map(line, rows), *foot]) + "\n"
+
+
 def show(columns: Sequence[str], rows: Sequence[Sequence[Any]], spell: Spell | None = None,
          spare: Sequence[str] = ()) -> None:  # fmt: skip
     """Print a table on standard output in the format that the command was asked for.

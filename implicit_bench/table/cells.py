@@ -1,0 +1,247 @@
+"""What records say of a table's rows: averaged over seeds, never over machines. Runs nothing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import record
+from ..compare.figures import Trained, Unknown
+from ..compare.rows import Run
+from ..papers import Row as PaperRow
+from ..papers import Table
+from ..record import RecordError
+from ..runs import state
+from ..terminal import number
+
+
+class Timed(NamedTuple):
+    """A row of a bench, at the last point of training that it was timed at."""
+
+    row: dict[str, Any]
+    batch: int
+    rec: dict[str, Any]
+
+
+@dataclass
+class Line:
+    """A row of a table on one machine."""
+
+    label: str
+    paper: PaperRow
+    machine: str = ""
+    runs: dict[int, Run] = field(default_factory=dict)  # finished, by seed
+    failed: dict[int, Run] = field(default_factory=dict)
+    timed: Timed | None = None
+    wanted: tuple[int, ...] = ()  # seeds
+    target: float | None = None
+
+    @property
+    def n(self) -> str:
+        return f"{len(self.runs)}/{len(self.wanted)}"
+
+
+def _metric(*path: str, scale: float = 1.0) -> Callable[[Line], list[float]]:
+    """Of each training's record; a training without it has none to show."""
+
+    def of(line: Line) -> list[float]:
+        values = []
+        for run in line.runs.values():
+            value: Any = run.record
+            for key in path:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            values += [] if value is None else [value * scale]
+        return values
+
+    return of
+
+
+def _bench(*path: str, scale: float = 1.0) -> Callable[[Line], list[float]]:
+    """Of a bench's row."""
+
+    def of(line: Line) -> list[float]:
+        value: Any = line.timed.row if line.timed else None
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return [] if value is None else [value * scale]
+
+    return of
+
+
+def _params(line: Line) -> list[float]:
+    found = _metric("params", "total")(line) or _bench("params")(line)
+    return found[:1]
+
+
+def _seconds(line: Line, of: Callable[[Trained], int]) -> list[float]:
+    """Training time of each seed at the end of the epoch that `of` picks: as it was where all of them were alone on
+    their machine, else their steps by a step of the bench, if that has their batch. Raises Unknown."""
+    trained = [Trained(run) for run in line.runs.values()]
+    ends = [of(t) for t in trained]
+    if all(run.record["environment"]["alone"] for run in line.runs.values()):
+        return [t.seconds[k] for t, k in zip(trained, ends)]
+    batch = {run.record["config"]["recipe"]["batch"] for run in line.runs.values()}
+    if line.timed is None or batch != {line.timed.batch}:
+        raise Unknown("not alone")
+    return [t.epochs[k]["step"] * line.timed.row["timing"]["train_ms"]["median"] / 1e3 for t, k in zip(trained, ends)]
+
+
+def _train_min(line: Line) -> list[float]:
+    return [s / 60 for s in _seconds(line, lambda t: len(t.epochs) - 1)]
+
+
+def _target_s(line: Line) -> list[float]:
+    def arrival(trained: Trained) -> int:
+        for k, acc in enumerate(trained.smoothed):
+            if line.target is not None and acc >= line.target:
+                return k
+        raise Unknown("not reached")
+
+    return _seconds(line, arrival)
+
+
+class Column(NamedTuple):
+    head: str
+    digits: int | None  # after the point; None: three significant
+    of: Callable[[Line], list[float]]
+    scale: float = 1.0  # of what is published
+    timed: bool = False  # of a bench, not of trainings
+
+
+COLUMNS = {
+    "params": Column("params", 0, _params),
+    "test_acc": Column("test acc %", 2, _metric("metrics", "test_acc", scale=100), 100),
+    "test_acc5": Column("top-5 acc %", 2, lambda line: [], 100),  # published only: we measure none
+    "test_acc_best": Column("best test acc %", 2, _metric("metrics", "test_acc_best_paper_style", scale=100), 100),
+    "val_acc": Column("val acc %", 2, _metric("metrics", "val_acc", scale=100), 100),
+    "nfe": Column("test nfe", None, _metric("solve", "test", "nfe_sample")),
+    "train_min": Column("train min", None, _train_min),
+    "target_s": Column("s to target", None, _target_s),
+    "train_s": Column("train s", None, _bench("timing", "train_ms", "median", scale=1e-3), timed=True),
+    "backward_s": Column("backward s", None, _bench("timing", "backward_ms", "median", scale=1e-3), timed=True),
+    "predict_s": Column("predict s", None, _bench("timing", "predict_ms", "median", scale=1e-3), timed=True),
+    "nfe_f": Column("f calls", None, _bench("solve", "nfe_forward"), timed=True),
+    "nfe_b": Column("VJPs", None, _bench("solve", "nfe_backward"), timed=True),
+    "memory_mib": Column("MiB", None, _bench("memory", "train_mib"), timed=True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    values: list[float]
+    said: str = ""  # where there are none: why
+    digits: int | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def sd(self) -> float | None:
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return self.said
+        return spelled(self.mean, self.sd, self.digits)
+
+
+def spelled(mean: float, sd: float | None, digits: int | None) -> str:
+    if digits is None:
+        return number(mean) if sd is None else f"{number(mean)} ± {number(sd, 2)}"
+    return f"{mean:,.{digits}f}" + ("" if not sd else f" ± {sd:,.{digits}f}")
+
+
+def cell(line: Line, name: str) -> Cell:
+    column = COLUMNS[name]
+    if not column.timed and not line.runs and not (name == "params" and line.timed):
+        return Cell([], "failed" if line.failed else "not run")
+    try:
+        values = column.of(line)
+    except Unknown as why:
+        return Cell([], str(why))
+    return Cell(values, ("not timed" if column.timed else "–") if not values else "", column.digits)
+
+
+def published(line: Line, name: str) -> Cell:
+    """The paper's, as the paper has it: [mean, sd] or one number; none where nobody could read it."""
+    value, column = line.paper.published.get(name), COLUMNS[name]
+    if value is None:
+        return Cell([], "")
+    mean, sd = (*value, None)[:2] if isinstance(value, (list, tuple)) else (value, None)
+    return Cell([], spelled(mean * column.scale, sd * column.scale if sd else None, column.digits))
+
+
+def machine(rec: Mapping[str, Any]) -> str:
+    """Where, and how, a record was made: what is never averaged over."""
+    env, gpu = rec["environment"], rec["config"].get("gpu") or rec["config"]["rows"][0]["gpu"]
+    words = [env["hardware"], f"{env['threads']} thread{'s' * (env['threads'] != 1)}" if not env["gpu"] else "",
+             gpu["dtype"] if gpu["dtype"] != "float32" else "", "compiled" if gpu["compile"] else ""]  # fmt: skip
+    return ", ".join(word for word in words if word)
+
+
+def read(dirs: Sequence[Path]) -> list[Run]:
+    """Every record, each run once: the finished one of two, else the one of the first folder. Raises RecordError."""
+    found: dict[tuple[str, str], Run] = {}
+    for top in dirs:
+        if not top.is_dir():
+            if top in (Path("runs"), Path("results")):
+                continue
+            raise RecordError(f"no folder {top} to read records from")
+        for path in record.record_files(top):
+            if path.name.startswith("attempt-"):
+                continue
+            rec = {**record.read_record(path), "folder": path.parent}
+            name = record.name_of(path.parent if path.name == "record.json" else path)
+            key = rec["run_id"], rec["environment"]["hardware"] or ""
+            if key not in found or (rec["status"] == "done" and found[key].state != "done"):
+                found[key] = Run(name, rec, state(rec), path.parent)
+    return list(found.values())
+
+
+def benches(everything: Sequence[Run], table: str, protocol: str) -> list[Run]:
+    """Of one table and protocol, those that came to figures, the latest first."""
+    fits = [run for run in everything if run.record["command"] == "bench" and run.record.get("rows")
+            and run.record["config"].get("table") == table and run.record["protocol"] == protocol]  # fmt: skip
+    return sorted(fits, key=lambda run: record.started(run.record, run.folder), reverse=True)
+
+
+def timed(everything: Sequence[Run], table: str, protocol: str, label: str) -> dict[str, Timed]:
+    """The latest bench of a row on each machine."""
+    found: dict[str, Timed] = {}
+    for run in benches(everything, table, protocol):
+        rows = [(k, row) for k, row in enumerate(run.record["rows"]) if row["label"].partition(" ×")[0] == label]
+        where = run.record["environment"]["hardware"]
+        if rows and where not in found:
+            last = max(rows, key=lambda each: (each[1].get("at") or 0, each[0]))[1]
+            found[where] = Timed(last, run.record["config"]["rows"][0]["recipe"]["batch"], run.record)
+    return found
+
+
+def lines(table: Table, wanted: Mapping[str, Mapping[int, str]], everything: Sequence[Run],
+          protocol: str) -> list[Line]:  # fmt: skip
+    """The rows of a table, by the cell_id that each has for each seed; a row on several machines is several lines."""
+    by_cell: dict[str, list[Run]] = {}
+    for run in everything:
+        if run.record["command"] == "train":
+            by_cell.setdefault(record.cell_id(run.record["config"]), []).append(run)
+    found = []
+    for label, cells in wanted.items():
+        bench = timed(everything, table.name, protocol, label)
+        here: dict[str, Line] = {}
+        blank = Line(label, table.rows[label], wanted=tuple(cells), target=table.target)
+        for seed, id in cells.items():
+            for run in by_cell.get(id, ()):
+                line = here.setdefault(machine(run.record), Line(**{**vars(blank), "runs": {}, "failed": {}}))
+                (line.runs if run.state == "done" else line.failed if run.state == "failed" else {})[seed] = run
+        for where, timing in bench.items():
+            on = [line for name, line in here.items() if name.partition(",")[0] == where]
+            for line in on or [here.setdefault(machine(timing.rec), Line(**{**vars(blank), "runs": {}, "failed": {}}))]:
+                line.timed = timing
+        for name, line in here.items():
+            line.machine = name
+        found += [line for line in here.values() if line.runs or line.failed or line.timed] or [blank]
+    return found

@@ -1,0 +1,76 @@
+"""What records say of the papers' claims: the ratios of benches and comparisons, and a word for each sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .. import record
+from ..compare.rows import Run
+
+WORDS = ("holds", "partly", "fails", "not testable here")
+SHY = "not converged"
+
+
+class Found(NamedTuple):
+    """One ratio of one record, at the last point of training that it was measured at."""
+
+    table: str
+    protocol: str
+    hardware: str
+    at: int | None
+    ratio: dict[str, Any]
+    run: Run
+
+    @property
+    def settled(self) -> bool:
+        """Of solves that converged, and with an interval, unless it is of a kind that has none."""
+        told = self.ratio["low"] is not None and "few rounds" not in self.ratio["verdict"]
+        return told and not any(SHY in caveat for caveat in self.ratio["caveats"])
+
+    @property
+    def interval(self) -> str:
+        r = self.ratio
+        if r["measure"] == "logits":
+            return f"{r['verdict']} (largest difference {r['value']:.0e})" if r["value"] else r["verdict"]
+        if r["low"] is None or r["low"] == r["high"]:
+            return f"{r['value']:.2f}×"
+        return f"{r['value']:.2f}× [{r['low']:.2f}, {r['high']:.2f}]"
+
+    def __str__(self) -> str:
+        r = self.ratio
+        where = f"{self.table}" + (f" at {self.at:,}" if self.at else "")
+        shy = f", {SHY}" if any(SHY in caveat for caveat in r["caveats"]) else ""
+        return f"{r['numerator']} / {r['denominator']} {self.interval} ({where}{shy})"
+
+
+def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
+    """The latest of each table, machine and pair of rows."""
+    found: dict[tuple[Any, ...], Found] = {}
+    runs = [run for run in everything if run.record["command"] in ("bench", "compare") and run.record.get("ratios")]
+    for run in sorted(runs, key=lambda run: record.started(run.record, run.folder)):
+        rec, env = run.record, run.record["environment"]
+        name = rec["config"].get("table") if rec["command"] == "bench" else rec["experiment"]
+        if rec["protocol"] != protocol or name in (None, "none") or (tables and name not in tables):
+            continue
+        fits = [r for r in rec["ratios"] if r["id"] in ids and r["value"] is not None]
+        last = max((r.get("at") or 0 for r in fits), default=0)
+        for r in fits:
+            if (r.get("at") or 0) == last:
+                key = name, env["hardware"], rec["command"], r["numerator"], r["denominator"], r["measure"]
+                found[key] = Found(name, protocol, env["hardware"], last or None, r, run)
+    return [found[key] for key in sorted(found, key=str)]
+
+
+def verdict(claim: Mapping[str, Any], found: Sequence[Found]) -> str:
+    """Holds where every settled ratio is above 1 and reaches the claim's lower end with its interval, fails where none
+    is above 1, partly in between; of a difference of logits, as the record says. Nothing settled: not testable here."""
+    settled = [each for each in found if each.settled]
+    if not settled:
+        return WORDS[3]
+    if settled[0].ratio["measure"] == "logits":
+        equal = [each.ratio["verdict"] == "equal" for each in settled]
+        return WORDS[0] if all(equal) else WORDS[1] if any(equal) else WORDS[2]
+    above = [each.ratio["low"] > 1 for each in settled]
+    reach = [up and each.ratio["high"] >= claim.get("least", 1.0) for up, each in zip(above, settled)]
+    return WORDS[0] if all(reach) else WORDS[1] if any(above) else WORDS[2]

@@ -1,0 +1,331 @@
+"""`table`: which records a cell is made of, its mean and sd, what is missing or failed, verdicts, formats, mistakes.
+
+Records are written here, but for one test that lets a table run what it lacks.
+"""
+
+import csv
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from test_compare import ENVIRONMENT, put
+
+from implicit_bench import papers, record
+from implicit_bench.cli import main
+from implicit_bench.compare.rows import Run
+from implicit_bench.table import cells, verdicts
+from implicit_bench.table.command import publish
+
+MINE = """title: Digits
+source: a paper of mine
+words: [gpu.threads=1]
+seeds: {sound: [0, 1], faithful: [7]}
+columns: [params, test_acc, train_min, target_s]
+target: 0.9
+rows:
+  deq: {words: [model=deq], published: {params: 42_378, test_acc: [0.97, 0.002]}}
+  cdeq: {words: [model=cdeq], published: {params: 42_378, test_acc: 0.98}}
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own/table").mkdir(parents=True)
+    (tmp_path / "own/table/mine.yaml").write_text(MINE)
+    return tmp_path
+
+
+def asked(capsys, *words, table="mine"):
+    """The exit code, and the rows of the table as dicts."""
+    code = main(["table", f"table={table}", "--config-dir=own", "format=csv", *words])
+    return code, [*csv.DictReader(io.StringIO(capsys.readouterr().out))]
+
+
+def bench(top, ratios, *, table="mine", protocol="sound", status="done", name="bench", hardware="box", rows=(),
+          started="2026-01-01T00:00:00+00:00"):  # fmt: skip
+    """The record of a bench with these ratios: (id, numerator, denominator, measure, value, low, high, more)."""
+    keys = ("id", "numerator", "denominator", "measure", "value", "low", "high")
+    told = [{"n": 60, "verdict": "faster", "caveats": [], "paper": "", "explained": None, **dict(zip(keys, r[:7])),
+             **(r[7] if len(r) > 7 else {})} for r in ratios]  # fmt: skip
+    gpu = {"dtype": "float32", "compile": False}
+    cfg = {"table": table, "rows": [{"gpu": gpu, "recipe": {"batch": 32}}], "name": name}
+    rec = record.new_record("bench", cfg, status=status, protocol=protocol,
+                            environment={**ENVIRONMENT, "hardware": hardware})  # fmt: skip
+    rec |= {"ratios": told, "rows": list(rows), "rounds": 60, "started_at": started}
+    record.write_record(top / "runs" / f"{name}-{rec['run_id']}", rec)
+    return rec["run_id"]
+
+
+def timed(label, train_ms, at=None):
+    times = {f"{name}_ms": {"median": ms, "p10": ms, "p90": ms, "n": 60} for name, ms in (
+        ("train", train_ms), ("backward", train_ms / 2), ("predict", train_ms / 4))}  # fmt: skip
+    return {"label": label, **({} if at is None else {"at": at}), "params": 42_378, "timing": times,
+            "solve": {"nfe_forward": 12.0, "nfe_backward": 6.0}, "memory": {"train_mib": 3.5}}  # fmt: skip
+
+
+def test_a_cell_is_the_mean_and_the_sd_of_its_seeds_beside_the_papers(here, capsys):
+    for seed, acc in ((0, 0.95), (1, 0.97)):
+        put(here, "deq", seed, metrics={"test_acc": acc, "val_acc": acc})
+    _, (deq, cdeq) = asked(capsys)
+    assert (deq["n"], deq["of"], deq["test_acc_n"]) == ("2", "2", "2")
+    assert float(deq["test_acc"]) == pytest.approx(96)
+    assert float(deq["test_acc_sd"]) == pytest.approx(math.sqrt(2))  # of 95 and 97
+    assert (deq["test_acc_paper"], deq["params_paper"]) == ("97.00 ± 0.20", "42,378")
+    assert (cdeq["n"], cdeq["test_acc"], cdeq["test_acc_paper"]) == ("0", "", "98.00")
+
+
+def test_runs_of_another_seed_or_recipe_or_protocol_fill_no_cell(here, capsys):
+    put(here, "deq", 2)
+    put(here, "deq", 0, "recipe.epochs=3")
+    put(here, "deq", 0, "protocol=faithful")
+    put(here, "deq", 0, status="running")
+    _, (deq, _) = asked(capsys)
+    assert deq["n"] == "0"
+    put(here, "deq", 7, "protocol=faithful")
+    _, (deq, _) = asked(capsys, "protocol=faithful")
+    assert (deq["n"], deq["of"], deq["protocol"]) == ("1", "1", "faithful")
+
+
+def test_any_other_word_is_said_to_every_row(here, capsys):
+    put(here, "deq", 0, "recipe.epochs=3")
+    _, (deq, _) = asked(capsys, "recipe.epochs=3")
+    assert deq["n"] == "1"
+
+
+def test_cells_of_different_machines_are_never_averaged(here, capsys):
+    put(here, "deq", 0, metrics={"test_acc": 0.9}, environment={"hardware": "a box"})
+    put(here, "deq", 1, metrics={"test_acc": 0.8}, environment={"hardware": "another"}, name="deq-digits-s1-other")
+    put(here, "deq", 0, metrics={"test_acc": 0.7}, environment={"hardware": "another"}, name="deq-digits-s0-other")
+    _, rows = asked(capsys)
+    found = {row["machine"]: (row["n"], row["test_acc"]) for row in rows if row["model"] == "deq"}
+    assert found["a box, 1 thread"] == ("1", "90.0")
+    assert found["another, 1 thread"][0] == "2"
+    assert float(found["another, 1 thread"][1]) == pytest.approx(75)
+    main(["table", "table=mine", "--config-dir=own"])
+    assert "a box, 1 thread" in capsys.readouterr().out
+
+
+def test_a_run_that_lies_in_two_folders_counts_once(here, capsys):
+    path = put(here, "deq", 0)
+    (here / "results/box").mkdir(parents=True)
+    (here / "results/box" / f"{path.name}.record.json").write_text((path / "record.json").read_text())
+    _, (deq, _) = asked(capsys)
+    assert deq["n"] == "1"
+
+
+def test_missing_and_failed_say_so_and_what_fills_them(here, capsys):
+    put(here, "deq", 0, status="failed", error="loss was nan")
+    assert main(["table", "table=mine", "--config-dir=own", "length=short"]) == 0
+    out = capsys.readouterr().out
+    assert "not run: 4 trainings; implicit-bench table table=mine length=short run_missing=true runs them" in out
+    main(["table", "table=mine", "--config-dir=own"])
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.split()}
+    assert "failed" in lines["deq"]
+    assert "not run" in lines["cdeq"]
+    assert "failed: deq seed 0: loss was nan" in out
+
+
+def test_training_time_is_of_runs_that_were_alone_else_of_a_bench_with_their_batch(here, capsys):
+    """Four epochs of 4 s, ten steps each; .9 is reached in the fourth, smoothed."""
+    put(here, "deq", 0)
+    put(here, "cdeq", 0, environment={"alone": False})
+    _, (deq, cdeq) = asked(capsys)
+    assert (float(deq["train_min"]), float(deq["target_s"])) == (pytest.approx(16 / 60), pytest.approx(16))
+    assert (cdeq["train_min"], cdeq["target_s"]) == ("", "")
+    bench(here, [], rows=[timed("cdeq", 300.0, 0), timed("cdeq", 600.0, 500)])
+    _, (_, cdeq) = asked(capsys, "columns=train_min,target_s,train_s,backward_s,predict_s,nfe_f,nfe_b,memory_mib")
+    assert [float(cdeq[c]) for c in ("train_min", "target_s", "train_s", "backward_s", "predict_s")] == pytest.approx(
+        [0.4, 24, 0.6, 0.3, 0.15])  # 40 steps of the last point's .6 s  # fmt: skip
+    assert [float(cdeq[c]) for c in ("nfe_f", "nfe_b", "memory_mib")] == [12, 6, 3.5]
+
+
+def test_a_target_that_one_seed_did_not_reach_has_no_time(here, capsys):
+    put(here, "deq", 0)
+    put(here, "deq", 1, accuracy=(0.5, 0.8, 0.85, 0.86))
+    main(["table", "table=mine", "--config-dir=own"])
+    assert "not reached" in capsys.readouterr().out
+
+
+def test_a_row_of_a_bench_is_the_last_point_of_the_latest_bench_of_the_table(here, capsys):
+    bench(here, [], rows=[timed("deq", 50.0)], name="old", started="2025-01-01T00:00:00+00:00")
+    bench(here, [], rows=[timed("deq ×18", 80.0)], name="new")
+    bench(here, [], rows=[timed("deq", 999.0)], name="foreign", table="cdeq_mnist")
+    bench(here, [], rows=[timed("deq", 999.0)], name="theirs", protocol="faithful")
+    _, (deq, cdeq) = asked(capsys, "columns=train_s,params")
+    assert float(deq["train_s"]) == 0.08
+    assert deq["params"] == "42378.0"
+    assert cdeq["train_s"] == ""
+
+
+def test_formats_hold_the_same_cells_and_the_same_records_give_the_same_bytes(here, capsys):
+    put(here, "deq", 0, metrics={"test_acc": 0.9512}, params={"total": 42_378})
+    found = []
+    for _ in range(2):
+        assert main(["table", "table=mine", "--config-dir=own", "out=tables", "-q"]) == 0
+        found.append({path.suffix: path.read_text() for path in (here / "tables").glob("mine.*")})
+    files, again = found
+    assert files == again
+    assert {*files} == {".md", ".csv", ".tex", ".json", ".txt"}
+    assert "| deq | 1/2 | 42,378 | 42,378 | 95.12 | 97.00 ± 0.20 |" in files[".md"]
+    assert r"deq & 1/2 & 42,378 & 42,378 & 95.12 & 97.00 $\pm$ 0.20" in files[".tex"]
+    assert r"\toprule" in files[".tex"]
+    assert files[".tex"].count(r"\footnotesize") >= 3
+    assert json.loads(files[".json"])["rows"][0]["test_acc"] == pytest.approx(95.12)
+    capsys.readouterr()
+    main(["table", "table=mine", "--config-dir=own", "format=tex"])
+    assert capsys.readouterr().out == files[".tex"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [(["table=min"], "no table 'min'; nearest: mine"),
+     (["table=mine", "columns=tst_acc"], "no column 'tst_acc'; nearest: test_acc"),
+     (["table=mine", "rows=dq"], "table=mine has no row 'dq'; nearest: deq"),
+     (["table=mine", "run_missing=yes"], "run_missing='yes' is not possible"),
+     (["table=mine", "records=nowhere"], "no folder nowhere to read records from"),
+     (["table=mine", "time=5"], "time='5' is not a time; write 20s, 5m or 1h"),
+     (["table=mine", "modle=deq"], "no key 'modle'"),
+     (["table=claims", "run_missing=true"], "table=claims is made of other tables' records"),
+     (["table=mine", "--cfg", "job"], "table takes no flag but --config-dir")],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_and_nothing_is_written(here, capsys, words, sentence):
+    assert main(["table", *words, "--config-dir=own", "out=tables"]) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert not (here / "tables").exists()
+
+
+@pytest.mark.parametrize("spoil", [lambda rec: rec.pop("metrics"), lambda rec: rec.update(schema_version=99)])
+def test_a_record_that_lacks_keys_or_is_newer_is_a_sentence(here, capsys, spoil):
+    path = put(here, "deq", 0) / "record.json"
+    rec = json.loads(path.read_text())
+    spoil(rec)
+    path.write_text(json.dumps(rec))
+    assert main(["table", "table=mine", "--config-dir=own", "out=tables"]) == 2
+    assert str(path) in capsys.readouterr().err.replace("runs/", f"{here}/runs/", 1)
+    assert not (here / "tables").exists()
+
+
+def test_what_is_missing_is_run_once_and_shown(here, capsys, monkeypatch):
+    words = ["table=mine", "--config-dir=own", "recipe.max_steps=3", "logger=none", "rows=deq"]
+    assert main(["table", *words, "run_missing=true", "seed=0"]) == 2
+    assert "a table has its seeds; say seeds=0 for others" in capsys.readouterr().err
+    assert main(["table", *words, "run_missing=true", "format=csv"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["model"], row["n"]) == ("deq", "2")
+    before = {path: path.stat().st_mtime_ns for path in here.glob("runs/*/record.json")}
+    assert len(before) == 2
+    assert main(["table", *words, "run_missing=true"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in here.glob("runs/*/record.json")} == before
+
+
+def test_published_records_fill_the_table_without_the_runs(here, capsys):
+    path = put(here, "deq", 0)
+    run = Run(path.name, record.read_record(path), "done", path)
+    publish([run], here / "results")
+    capsys.readouterr()
+    _, (with_runs, _) = asked(capsys)
+    _, (without, _) = asked(capsys, "records=results")
+    assert without == with_runs
+    assert float(without["train_min"]) == pytest.approx(16 / 60)  # epochs went along
+
+
+# ------------------------------------------------------------------------------------------------------------ claims
+
+
+def found(*intervals, measure="train", verdict="faster", caveats=()):
+    """Ratios of one record, by (low, high)."""
+    ratios = [{"measure": measure, "value": (low + high) / 2, "low": low, "high": high, "verdict": verdict, "n": 60,
+               "caveats": list(caveats), "numerator": "a", "denominator": "b"} for low, high in intervals]  # fmt: skip
+    return [verdicts.Found("t", "sound", "box", None, ratio, None) for ratio in ratios]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "word"),
+    [(found((2.1, 2.5), (1.8, 2.0)), "holds"), (found((2.1, 2.5), (1.1, 1.9)), "partly"), (found((1.1, 1.9)), "partly"),
+     (found((2.1, 2.5), (0.8, 1.2)), "partly"), (found((0.8, 1.2)), "fails"), (found((0.5, 0.8)), "fails"),
+     ([], "not testable here"), (found((2.1, 2.5), caveats=["cdeq not converged"]), "not testable here"),
+     (found((2.1, 2.5), verdict="too few rounds"), "not testable here"),
+     (found((0.0, 0.0), measure="logits", verdict="equal"), "holds"),
+     (found((1.0, 1.0), measure="logits", verdict="not equal"), "fails")],
+)  # fmt: skip
+def test_a_word_for_a_claim_of_twice_as_fast(ratios, word):
+    assert verdicts.verdict({"least": 2.0}, ratios) == word
+
+
+def test_claims_are_of_the_last_point_of_the_latest_bench_of_a_table(here, capsys):
+    r1 = ("R1", "neural_ode", "cdeq", "train")
+    bench(here, [(*r1, 9.0, 8.9, 9.1)], table="cdeq_mnist", name="old", started="2025-01-01T00:00:00+00:00")
+    id = bench(here, [(*r1, 1.1, 1.0, 1.2, {"at": 0}), (*r1, 2.5, 2.4, 2.6, {"at": 500})], table="cdeq_mnist")
+    bench(here, [(*r1, 7.0, 6.0, 8.0, {"at": 500})], table="cdeq_mnist", protocol="faithful", name="theirs")
+    bench(here, [(*r1, 7.0, 6.0, 8.0)], table=None, name="free")
+    _, rows = asked(capsys, table="claims")
+    told = [row for row in rows if row["id"] == "R1"]
+    assert [(r["protocol"], r["table"], r["at"], float(r["value"])) for r in told] == [
+        ("sound", "cdeq_mnist", "500", 2.5), ("faithful", "cdeq_mnist", "500", 7.0)]  # fmt: skip
+    assert (told[0]["verdict"], told[0]["record"]) == ("holds", id)
+    assert {row["verdict"] for row in rows if row["id"] == "H1"} == {"not testable here"}
+    main(["table", "--config-dir=own"])
+    out = capsys.readouterr().out
+    assert "neural_ode / cdeq 2.50× [2.40, 2.60] (cdeq_mnist at 500)" in out
+    assert "free" not in out
+
+
+def test_every_claim_of_the_file_is_one_that_ratios_have():
+    from implicit_bench.bench import claims
+
+    known = {claim.id for claim in claims.CLAIMS}
+    for line in papers.table("claims").lines:
+        assert line.get("ratios", line["id"] == "R8" and []) is not False
+        assert {*line.get("ratios", ())} <= known
+
+
+def test_a_bar_is_the_time_over_the_vanilla_rows_and_a_slip_is_told(here, capsys):
+    bench(here, [("R4", "cdeq", "skip_cdeq", "train", 1.25, 1.0, 2.0), ("R1", "neural_ode", "cdeq", "train", 3, 2, 4)],
+          table="cdeq_cifar10_small")  # fmt: skip
+    _, rows = asked(capsys, table="cdeq_fig1")
+    skip, _, ode, large, *_ = rows
+    assert [float(skip[k]) for k in ("value", "low", "high")] == [0.8, 0.5, 1.0]
+    assert [float(ode[k]) for k in ("value", "low", "high")] == [3, 2, 4]
+    assert (skip["the bar is"], large["the bar is"]) == ("", "lower by .200")
+    assert sum(row["the bar is"] != "" for row in rows) == 4
+
+
+def test_the_bars_tables_are_the_tables_own():
+    for line in papers.table("cdeq_fig1").lines:
+        rows = papers.table(line["of"]).rows
+        cell = "train_s" if line["measure"] == "training" else "backward_s"
+        assert rows[line["row"]].cell(cell) / rows["cdeq"].cell(cell) == pytest.approx(line["table"], abs=6e-4)
+
+
+def test_the_board_is_in_order_and_leaves_out_what_nobody_read(here, capsys):
+    _, rows = asked(capsys, table="leaderboard_cifar10")
+    accs = [float(row["acc"]) for row in rows if row["acc"]]
+    assert accs == sorted(accs, reverse=True)
+    homo = [row for row in rows if row["model"].startswith("HomoODE")]
+    assert [row["acc"] for row in homo] == ["", ""]
+    assert all(row["source"] for row in rows)
+
+
+def test_ours_stand_among_the_published(here, capsys):
+    (here / "own/table/board.yaml").write_text(
+        "title: Board\nkind: board\nlines:\n  - {model: theirs, acc: 93.0, source: them}\n"
+        "  - {model: best, acc: 99.0, source: them}\n  - {model: ours, table: mine, row: deq}\n"
+    )
+    for seed, acc in ((0, 0.95), (1, 0.97)):
+        put(here, "deq", seed, metrics={"test_acc": acc})
+    _, rows = asked(capsys, table="board")
+    assert [row["model"] for row in rows] == ["best", "ours", "theirs"]
+    assert (float(rows[1]["acc"]), rows[1]["n"], rows[1]["source"]) == (pytest.approx(96), "2", "here")
+
+
+def test_published_cells_are_spelled_as_the_paper_has_them():
+    line = cells.Line("deq", papers.Row(published={"test_acc": [0.97926, 0.00107], "nfe": 18.345, "params": 138_000}))
+    assert [str(cells.published(line, c)) for c in ("test_acc", "nfe", "params", "val_acc")] == [
+        "97.93 ± 0.11", "18.3", "138,000", ""]  # fmt: skip
+    assert str(cells.cell(replace(line, timed=None), "train_s")) == "not timed"
