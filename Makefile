@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo readme bench-solvers choosing faithfulness docs smoke test lint clean
+.PHONY: help setup demo readme bench-solvers choosing faithfulness results reproduce docs smoke test lint clean
 help:             ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
@@ -27,6 +27,12 @@ choosing: setup   ## the figures of docs/choosing.md, about ten minutes
 
 faithfulness: setup   ## the measured tables of docs/faithfulness.md, about forty minutes
 	@$(PY) scripts/faithfulness.py
+
+results: setup    ## every committed table and figure anew from the records in results/; fails where one differs
+	@$(PY) scripts/results.py $(RESULTS)
+
+reproduce: setup  ## what a paper's table lacks is trained, then shown: make reproduce TABLE=cdeq_mnist [WORDS="time=1h"]
+	@$(VENV)/bin/implicit-bench table table=$(or $(TABLE),$(error say which, such as TABLE=cdeq_mnist)) run_missing=true $(WORDS)
 
 docs: setup       ## the pages as a site, in site/
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "wrote   site/index.html"

@@ -340,6 +340,7 @@ def _of(module: str, name: str) -> Callable[[list[str]], int]:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **{task.__name__.removeprefix("_"): _composing(task) for task in (_train, _eval, _bench, _check, _data)},
-    "compare": _of("compare.command", "command"), "table": _of("table.command", "command"), "list": _list,
+    "compare": _of("compare.command", "command"), "table": _of("table.command", "command"),
+    "report": _of("table.report", "command"), "list": _list,
     "runs": _runs, "sync": _sync, "doctor": _doctor, "completion": _of("complete", "script"),
 }  # fmt: skip

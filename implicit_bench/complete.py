@@ -83,6 +83,8 @@ def _candidates(command: str, given: Sequence[str], word: str) -> list[str]:
         if command == "table" and key in ("run_missing", "publish"):
             names = ("true", "false")  # type: ignore[assignment]
         return _each(key, value, WORDS.get(key, names))
+    if command == "report":
+        return ["records=", "out=", "logger="]
     if command == "table":
         return [f"{key}=" for key in (*TABLE, "format", "protocol", "length")]
     if command == "compare":

@@ -15,6 +15,7 @@ commands
   check     prove a solver, an adjoint or a network of your own on problems with known answers
   compare   ratios between trainings by seed, from their records: a step, equal epochs, equal accuracy
   table     the papers' tables and the verdict on their claims, from records; runs what is missing
+  report    one page of claims, tables and figures from records, and each figure for a paper
   data      fetch and verify a data set
   sync      rebuild runs on Weights & Biases from their records
   doctor    look at machine and installation; a remedy for everything amiss
@@ -162,6 +163,21 @@ examples
   {PROG} table table=cdeq_cifar10_small format=tex > cifar10.tex
 
 exit    0 shown · 1 a run failed before it began · 2 usage · 3 some trainings failed · 130 interrupted
+""",
+    "report": f"""{PROG} report: what the records say, as one page
+
+usage: {PROG} report [key=value ...]
+
+Trains nothing. report.html is one file that fetches nothing: the verdict on each claim, every table of which something
+was measured, speed-ups with their intervals, accuracy against time, evaluations and residual over training, residual
+by solver step (of runs that `eval` looked at), memory. figures/ has each figure as .svg, .png and .pdf 6.75 inches
+wide, and as -narrow.pdf of 3.25.
+
+keys (default): records=DIR,... (runs,results) · out=DIR (report) · logger=wandb a W&B run with the page (none)
+
+examples
+  {PROG} report
+  {PROG} report records=results out=/tmp/report
 """,
     "check": f"""{PROG} check: prove a solver, an adjoint or a network on problems with known answers
 

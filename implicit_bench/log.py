@@ -107,7 +107,7 @@ class Wandb(Sink):
         def job() -> None:
             import wandb
 
-            drawing = Path(path).suffix == ".svg"  # W&B's images are bitmaps
+            drawing = Path(path).suffix in (".svg", ".html")  # W&B's images are bitmaps
             self._run.log({slashed(name): wandb.Html(Path(path).read_text()) if drawing else wandb.Image(str(path))})
 
         self._put(job)

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 MARKER = "wandb.json"  # in a run's folder
-MIRRORED = ("record.json", "metrics.jsonl", "table.md", "speedup.svg")
+MIRRORED = ("record.json", "metrics.jsonl", "table.md", "speedup.svg", "report.html")
 
 
 def run_name(record: Mapping[str, Any]) -> str:

@@ -58,7 +58,7 @@ def plural(group: str) -> str:
     return f"{group[:-1]}ies" if group.endswith("y") else f"{group}s"
 
 
-def nearest(word: str, options: Sequence[str], most: int = 12) -> str:
+def nearest(word: str, options: Sequence[str], most: int = 16) -> str:
     """`; nearest: x`, or the options themselves when nothing is near and they are not too many."""
     near = difflib.get_close_matches(word, options, 1, 0.5) or difflib.get_close_matches(word.lower(), options, 1, 0.5)
     if near:

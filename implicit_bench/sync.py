@@ -117,6 +117,8 @@ def replay(sink: Sink, record: dict[str, Any], folder: Path) -> None:
         return
     if (folder / "speedup.svg").exists():
         sink.image("speedup", folder / "speedup.svg")
+    if (folder / "report.html").exists():
+        sink.image("report", folder / "report.html")
     for name, (columns, rows) in record.get("tables", {}).items():
         sink.table(name, columns, rows)
     for step, values in record.get("scalars", ()):

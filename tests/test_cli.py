@@ -95,7 +95,7 @@ def examples(text):
     return [re.split(r"\s{2,}", line.strip())[0] for line in text.splitlines() if line.startswith("  implicit-bench ")]
 
 
-PLAIN_WORDS = ("list", "runs", "compare", "sync", "doctor", "completion")  # compose nothing
+PLAIN_WORDS = ("list", "runs", "compare", "report", "sync", "doctor", "completion")  # compose nothing
 SHOWING = (" run_missing=true", " time=30m", " format=tex > cifar10.tex", " format=md")
 EXAMPLES = [line for text in (USAGE, *HELP.values()) for line in examples(text)]
 

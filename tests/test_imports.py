@@ -42,8 +42,8 @@ OURS = {
     "help": set(),
     "compare": {"bench", "config", "lock", "log", "match", "mirror", "record", "report", "runs", "schema", "sync",
                 "terminal", "words"},
-    "table": {"bench", "compare", "config", "lock", "log", "machine", "papers", "record", "report", "runs", "schema",
-              "sync", "terminal", "train", "words"},
+    "table": {"__init__", "bench", "compare", "config", "lock", "log", "machine", "papers", "record", "report", "runs",
+              "schema", "sync", "terminal", "train", "words"},
     "testing": {"core", "solvers", "adjoints", "models"},
     "check": {"config", "report", "schema", "terminal", "testing"},
     "train": {"core", "adjoints", "models", *WORLD},
@@ -80,6 +80,7 @@ THEIRS = {
     "check": {"torch"},
     "train": {"torch"},
     "bench": {"torch", "torchdeq"},
+    "table": {"jinja2"},
     "cli": {"hydra"},
 }
 

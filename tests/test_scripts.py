@@ -58,6 +58,30 @@ def choosing():
     return module_of("choosing")
 
 
+def test_every_committed_table_and_figure_is_what_the_records_say(monkeypatch, capsys):
+    results = module_of("results")
+    monkeypatch.setattr(sys, "argv", ["results.py"])
+    assert results.main() == 0, capsys.readouterr().err
+
+
+def test_what_differs_from_the_records_is_told(monkeypatch, capsys, tmp_path):
+    results = module_of("results")
+    (tmp_path / "results/tables").mkdir(parents=True)
+    (tmp_path / "results/tables/claims.md").write_text("R1 holds\n")
+    (tmp_path / "README.md").write_text("<!-- claims -->\nall hold\n<!-- /claims -->\n")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    monkeypatch.setattr(sys, "argv", ["results.py"])
+    assert results.main() == 1
+    assert "differs results/tables/claims.md\n" in capsys.readouterr().err
+    assert (tmp_path / "results/tables/claims.md").read_text() == "R1 holds\n"
+    monkeypatch.setattr(sys, "argv", ["results.py", "--write"])
+    assert results.main() == 0
+    monkeypatch.setattr(sys, "argv", ["results.py"])
+    assert results.main() == 0
+    assert "not testable here" in (tmp_path / "README.md").read_text()
+
+
 def test_the_page_on_faithfulness_shows_the_committed_figures():
     faithfulness = module_of("faithfulness")
     page = (ROOT / "docs" / "faithfulness.md").read_text()

@@ -3,18 +3,23 @@
 Records are written here, but for one test that lets a table run what it lacks.
 """
 
+import base64
 import csv
 import io
 import json
 import math
+import re
 from dataclasses import replace
+from html.parser import HTMLParser
+from importlib.resources import files
 
 import pytest
 from test_compare import ENVIRONMENT, put
 
-from implicit_bench import papers, record
+from implicit_bench import papers, record, schema
 from implicit_bench.cli import main
 from implicit_bench.compare.rows import Run
+from implicit_bench.schema import GROUPS
 from implicit_bench.table import cells, verdicts
 from implicit_bench.table.command import publish
 
@@ -169,7 +174,7 @@ def test_formats_hold_the_same_cells_and_the_same_records_give_the_same_bytes(he
         found.append({path.suffix: path.read_text() for path in (here / "tables").glob("mine.*")})
     files, again = found
     assert files == again
-    assert {*files} == {".md", ".csv", ".tex", ".json", ".txt"}
+    assert {*files} == {".md", ".csv", ".tex", ".json", ".txt", ".bib"}
     assert "| deq | 1/2 | 42,378 | 42,378 | 95.12 | 97.00 ± 0.20 |" in files[".md"]
     assert r"deq & 1/2 & 42,378 & 42,378 & 95.12 & 97.00 $\pm$ 0.20" in files[".tex"]
     assert r"\toprule" in files[".tex"]
@@ -272,7 +277,7 @@ def test_claims_are_of_the_last_point_of_the_latest_bench_of_a_table(here, capsy
     assert {row["verdict"] for row in rows if row["id"] == "H1"} == {"not testable here"}
     main(["table", "--config-dir=own"])
     out = capsys.readouterr().out
-    assert "neural_ode / cdeq 2.50× [2.40, 2.60] (cdeq_mnist at 500)" in out
+    assert "neural_ode / cdeq, train 2.50× [2.40, 2.60], cdeq_mnist at 500" in out
     assert "free" not in out
 
 
@@ -329,3 +334,94 @@ def test_published_cells_are_spelled_as_the_paper_has_them():
     assert [str(cells.published(line, c)) for c in ("test_acc", "nfe", "params", "val_acc")] == [
         "97.93 ± 0.11", "18.3", "138,000", ""]  # fmt: skip
     assert str(cells.cell(replace(line, timed=None), "train_s")) == "not timed"
+
+
+def test_a_table_cites_its_methods_and_no_others(here, capsys):
+    main(["table", "table=mine", "--config-dir=own", "out=tables", "rows=cdeq", "dataset=mnist"])
+    keys = re.findall(r"^@\w+\{(\w+),", (here / "tables/mine.bib").read_text(), re.M)
+    assert {"hairer1993solving", "saad1986gmres", "pal2023continuous", "lecun1998gradient"} <= {*keys}
+    assert not {"anderson1965iterative", "ding2023two", "xiao2017fashion"} & {*keys}
+
+
+def test_every_reference_is_about_something_that_there_is():
+    entries = (files("implicit_bench.table") / "refs.bib").read_text()
+    words = {w for line in re.findall(r"keywords = \{([^}]*)\}", entries) for w in line.split(", ")}
+    texts = [path.read_text() for group in (*GROUPS, "dataset") for path in schema.files(group).values()]
+    known = {w for text in texts for w in re.findall(r"(?:_target_: [\w.]+\.|^name: )(\w+)", text, re.M)}
+    assert words <= known
+    assert entries.count("\n@") == entries.count("keywords =")
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+class Page(HTMLParser):
+    """What a browser would have to fetch, the pictures, headings and rows of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.fetched, self.pictures, self.rows, self.stack = [], [], 0, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        for key in ("src", "href"):
+            if (url := found.get(key)) and not url.startswith(("data:", "#")):
+                self.fetched.append(url)
+        if tag == "img":
+            self.pictures.append(base64.b64decode(found["src"].partition("base64,")[2]).decode())
+            assert found["alt"]
+        self.rows += tag == "tr"
+
+
+def test_a_report_is_one_page_that_fetches_nothing_and_has_what_was_measured(here, capsys):
+    for seed in (0, 1):
+        put(here, "cdeq", seed)
+        put(here, "neural_ode", seed, converged=None)
+    bench(here, [("R1", "neural_ode", "cdeq", "train", 2.5, 2.4, 2.6)], table="cdeq_mnist",
+          rows=[timed("cdeq", 10.0), timed("neural_ode", 25.0)])  # fmt: skip
+    assert main(["report"]) == 0
+    text = (here / "report/report.html").read_text()
+    page = Page(text)
+    assert page.fetched == []
+    assert "neural_ode / cdeq, train 2.50× [2.40, 2.60], cdeq_mnist" in text
+    assert 'class="holds"' in text
+    assert len(page.pictures) == 3  # speed-ups, memory, accuracy against time
+    assert all(p.startswith("<?xml") and "<svg" in p for p in page.pictures)
+    names = {path.name for path in (here / "report/figures").iterdir()}
+    for name in ("speedup-cdeq_mnist-sound-box", "memory-cdeq_mnist-sound-box", "accuracy-digits_sound_box"):
+        assert {f"{name}.svg", f"{name}.png", f"{name}.pdf", f"{name}-narrow.pdf"} <= names
+    widths = [float(re.search(rb"/MediaBox\s*\[\s*0 0 ([\d.]+)", (here / f"report/figures/{name}").read_bytes())[1])
+              for name in ("memory-cdeq_mnist-sound-box.pdf", "memory-cdeq_mnist-sound-box-narrow.pdf")]  # fmt: skip
+    assert widths == [6.75 * 72, 3.25 * 72]
+    svgs = {p.name: p.read_bytes() for p in (here / "report/figures").glob("*.svg")}
+    assert main(["report", "out=again"]) == 0
+    assert {p.name: p.read_bytes() for p in (here / "again/figures").glob("*.svg")} == svgs
+    assert (here / "again/report.html").read_text() == text
+
+
+def test_a_run_that_was_not_alone_has_no_time_in_the_report(here, capsys):
+    put(here, "cdeq", 0, environment={"alone": False})
+    assert main(["report"]) == 0
+    assert Page((here / "report/report.html").read_text()).pictures == []
+
+
+def test_what_an_eval_saw_step_by_step_is_drawn(here, capsys):
+    path = put(here, "cdeq", 0)
+    (path / "eval").mkdir()
+    (path / "eval/test.json").write_text(json.dumps({"residual_by_step": {"vcab3": [1.0, 0.1, 0.01]}}))
+    assert main(["report"]) == 0
+    assert (here / f"report/figures/steps-{path.name}.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [([], "there is nothing finished to report on in runs and results"), (["out"], "report takes no 'out'"),
+     (["records=nowhere"], "no folder nowhere to read records from"), (["logger=tensorboard"], "logger='tensorboard'")],
+)  # fmt: skip
+def test_a_report_of_nothing_is_one_sentence_and_writes_nothing(here, capsys, words, sentence):
+    assert main(["report", *words]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (here / "report").exists()

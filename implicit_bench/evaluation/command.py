@@ -67,7 +67,9 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
     if cfg["plot"]:
         x = next(iter(batches()))[0][:100]
         tol = getattr(model.layer.stop, "tol", None)
-        pictures += plots.residuals(out / "residual", _traces(model, x, picked), tol, found["run"])
+        traces = _traces(model, x, picked)
+        found["residual_by_step"] = {name: trace.nanmedian(dim=1).values.tolist() for name, trace in traces.items()}
+        pictures += plots.residuals(out / "residual", traces, tol, found["run"])
         if not pictures:
             progress("note", "no picture of residuals: this model does not look for a fixed point of one cell")
         if independent and isinstance(split.x, Tensor) and seen.nfe.unique().numel() > 1:

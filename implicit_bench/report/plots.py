@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,80 @@ def _drawn(*paths: Path, size: tuple[float, float]) -> Iterator[Any]:
     with rc_context(STYLE):
         yield (figure := Figure(figsize=size, layout="constrained"))
         for path in paths:
-            svg = path.suffix == ".svg"
-            figure.savefig(path, metadata={"Date": None} if svg else None, dpi="figure" if svg else 200)
+            dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+            figure.savefig(path, metadata=dated, dpi=200 if path.suffix == ".png" else "figure")
 
 
 def _both(path: Path) -> list[Path]:
     return [path.with_suffix(suffix) for suffix in (".svg", ".png")]
 
 
+WIDE, NARROW = 6.75, 3.25  # inches: a page's text, and one of its two columns
+INK = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")  # Okabe and Ito's
+
+
+def at_widths(plot: Callable[[Sequence[Path], float], None], stem: Path) -> Path:
+    """STEM.svg, .png and .pdf as wide as a page, STEM-narrow.pdf as wide as a column; returns the first."""
+    plot([stem.with_name(f"{stem.name}{suffix}") for suffix in (".svg", ".png", ".pdf")], WIDE)
+    plot([stem.with_name(f"{stem.name}-narrow.pdf")], NARROW)
+    return stem.with_name(f"{stem.name}.svg")
+
+
+def lines(paths: Sequence[Path], width: float, series: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+          x: str, y: str, title: str, log: bool = False, level: float | None = None) -> None:  # fmt: skip
+    """Curves (xs, ys) by label, all of a label in one colour; `level` as a dotted line."""
+    with _drawn(*paths, size=(width, 0.55 * width)) as figure:
+        axes = figure.subplots()
+        for k, (label, curves) in enumerate(series.items()):
+            for i, (xs, ys) in enumerate(curves):
+                axes.plot(xs, ys, color=INK[k % len(INK)], linewidth=1.2, linestyle=("-", "--")[k // len(INK) % 2],
+                          label=label if i == 0 else None)  # fmt: skip
+        if log:
+            axes.set_yscale("log")
+        if level is not None:
+            axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9)
+        axes.legend(frameon=False, fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def amounts(paths: Sequence[Path], width: float, bars: Mapping[str, float], of: str, title: str) -> None:
+    """Horizontal bars of one quantity, by label."""
+    with _drawn(*paths, size=(width, 0.9 + 0.3 * len(bars))) as figure:
+        axes = figure.subplots()
+        axes.barh(range(len(bars)), [*bars.values()], color=INK[0], height=0.6)
+        for row, value in enumerate(bars.values()):
+            axes.annotate(f"{value:,.4g}", (value, row), xytext=(4, 0), textcoords="offset points", va="center")
+        _labels(axes, [*bars], width)
+        axes.set_xlim(0, max(bars.values()) * 1.2)
+        axes.set_xlabel(of)
+        figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _labels(axes: Any, names: Sequence[str], width: float) -> None:
+    """Of horizontal bars, the first above: beside them, or where a column has no room for that over them."""
+    axes.set_ylim(len(names) - 0.5, -0.9)
+    if width >= WIDE:
+        axes.set_yticks(range(len(names)), names)
+        return
+    axes.set_yticks([])
+    for row, name in enumerate(names):
+        axes.annotate(name, (0, row - 0.32), xytext=(1, 0), textcoords="offset points", va="bottom", fontsize=6)
+
+
 def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], title: str,
                  of: str = "median ratio of paired rounds, 95 % interval") -> None:  # fmt: skip
+    """`ratio_bars` as wide as a page, in one file."""
+    ratio_bars([path], WIDE, bars, title, of)
+
+
+def ratio_bars(paths: Sequence[Path], width: float, bars: Sequence[tuple[str, float, float, float]], title: str,
+               of: str = "median ratio of paired rounds, 95 % interval") -> None:  # fmt: skip
     """Horizontal bars of ratios with their intervals: (label, value, low, high) each, alike where there is none."""
-    with _drawn(path, size=(6.75, 0.9 + 0.42 * len(bars))) as figure:
+    with _drawn(*paths, size=(width, 0.9 + 0.42 * len(bars))) as figure:
         axes = figure.subplots()
         rows = range(len(bars))
         values = [b[1] for b in bars]
@@ -40,11 +103,10 @@ def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], ti
         axes.axvline(1, color="black", linewidth=0.8)
         for row, (_, value, _, high) in zip(rows, bars):
             axes.annotate(f"{value:.2f}×", (high, row), xytext=(4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(rows, [b[0] for b in bars])
-        axes.invert_yaxis()
+        _labels(axes, [b[0] for b in bars], width)
         axes.set_xlim(0, max(b[3] for b in bars) * 1.15)
-        axes.set_xlabel(of)
-        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(textwrap.fill(of, int(14 * width)))
+        figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
 
 

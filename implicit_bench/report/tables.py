@@ -39,7 +39,7 @@ def latex(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], not
     """A table float of booktabs, its notes below it."""
 
     def told(text: str) -> str:
-        return "".join(TEX.get(letter, letter) for letter in text)
+        return "".join(TEX.get(letter, letter) for letter in text.replace("<br>", "; "))
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(map(told, cells)) + r" \\"

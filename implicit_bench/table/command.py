@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,9 @@ KEYS = {"table": "claims", "records": "runs,results", "columns": "", "rows": "",
 
 def command(args: Sequence[str]) -> int:
     """`table table=NAME [key=value ...]`. Raises UsageError and RecordError before anything is written."""
-    own = {key: value for key, _, value in (a.partition("=") for a in args if not a.startswith("-")) if key in KEYS}
-    words = split([a for a in args if a.partition("=")[0] not in KEYS])
+    given, words = keyed(args, KEYS)
     if words.flags or words.multirun or words.plan:
         raise UsageError("table takes no flag but --config-dir; run_missing=true runs what is missing")
-    given = {**KEYS, **own}
     for key in ("run_missing", "publish"):
         if given[key] not in ("true", "false"):
             raise UsageError(f"{key}={given[key]!r} is not possible{nearest(given[key], ('true', 'false'))}")
@@ -56,19 +56,25 @@ def command(args: Sequence[str]) -> int:
     jobs = jobs_of(table, listed(given["rows"]), words, seeds) if table.kind == "cells" else {}
     if given["run_missing"] == "true" and (code := run_missing(table, jobs, dirs, budget)):
         return code
-    which = [f"{key}={own[key]}" for key in ("table", "rows", "seeds") if key in own]
+    which = [f"{key}={given[key]}" for key in ("table", "rows", "seeds") if given[key]]
     fill = shlex.join(["implicit-bench", "table", *which, *words.overrides, "run_missing=true"])
     grid = grid_of(table, jobs, cells.read(dirs), columns, words, fill)
     if not any(row for row in grid.rows):
         raise UsageError(f"table={table.name} has nothing to show")
     if given["out"]:
-        write(grid, table.name, Path(given["out"]))
+        write(grid, table.name, Path(given["out"]), [job.config for each in jobs.values() for job in each.values()])
     show(grid)
     if given["publish"] == "true":
         publish(grid.used.values(), Path("results"))
     if given["logger"] == "wandb":
         send(grid, table.name)
     return 0
+
+
+def keyed(args: Sequence[str], keys: Mapping[str, str]) -> tuple[dict[str, str], Words]:
+    """The values of a command's own keys, with their defaults, and the words that are for Hydra."""
+    own = {key: value for key, equals, value in (a.partition("=") for a in args) if equals and key in keys}
+    return {**keys, **own}, split([a for a in args if a.partition("=")[0] not in own])
 
 
 def listed(text: str) -> list[str]:
@@ -86,10 +92,18 @@ def jobs_of(table: Table, rows: Sequence[str], words: Words,
     protocol = protocol_of(words)
     seeds = seeds or table.seeds.get(protocol, papers.SEEDS["sound"])
     said = table.jobs(rows, words.overrides, cpu=False)
-    composed = config.compose_all("train", [[*row, f"seed={seed}"] for row in said.values() for seed in seeds],
-                                  words.search)  # fmt: skip
-    rest = iter(composed)
-    return {label: {seed: next(rest) for seed in seeds} for label in said}
+    apart = any("${seed}" in path.read_text("utf-8") for top in words.search for path in Path(top).rglob("*.yaml"))
+    rows_of = [[*row, f"seed={seed}"] for row in said.values() for seed in (seeds if apart else seeds[:1])]
+    composed = iter(config.compose_all("train", rows_of, words.search))
+    if apart:
+        return {label: {seed: next(composed) for seed in seeds} for label in said}
+    return {label: {seed: _seeded(job, seed) for seed in seeds} for label, job in zip(said, composed)}
+
+
+def _seeded(job: config.Composed, seed: int) -> config.Composed:
+    """The same with another seed: composing takes a third of a second, and no file of ours reads the seed elsewhere."""
+    others = [word for word in job.overrides if not word.startswith("seed=")]
+    return replace(job, config={**job.config, "seed": seed}, overrides=[*others, f"seed={seed}"])
 
 
 def grid_of(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]], everything: Sequence[Run],
@@ -105,12 +119,22 @@ def grid_of(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]], eve
     return of_cells(table, wanted, everything, protocol, columns, fill)
 
 
+def touched(table: Table, everything: Sequence[Run], protocol: str) -> bool:
+    """Whether any record could be a cell's: of the table's experiment, or a bench of it."""
+    experiments = {word.partition("=")[2] for word in table.words if word.startswith("experiment=")}
+    return any(run.record["protocol"] == protocol and (
+        run.record["config"].get("table") == table.name if run.record["command"] == "bench"
+        else not experiments or run.record["experiment"] in experiments) for run in everything)  # fmt: skip
+
+
 def _measured(table: Table, everything: Sequence[Run],
               words: Words) -> dict[str, tuple[float, float | None, int, Sequence[Run]]]:  # fmt: skip
     """Our accuracies, %, of the lines of a board that name a row of a table: of the machine with the most seeds."""
     found: dict[str, tuple[float, float | None, int, Sequence[Run]]] = {}
     for line in (line for line in table.lines if "table" in line):
         of = papers.table(line["table"], tuple(words.search))
+        if not touched(of, everything, protocol_of(words)):
+            continue
         jobs = jobs_of(of, [line["row"]], words)
         wanted = {label: {s: record.cell_id(job.config) for s, job in each.items()} for label, each in jobs.items()}
         best = max(cells.lines(of, wanted, everything, protocol_of(words)), key=lambda each: len(each.runs))
@@ -168,11 +192,23 @@ def _rows(grid: Grid) -> None:
     tables.show(grid.columns, grid.rows, spare=[c for c in reversed(grid.columns[3:]) if c != "paper"])
 
 
-def write(grid: Grid, name: str, folder: Path) -> None:
-    """NAME.md, .csv, .tex, .json and .txt; the same records give the same bytes."""
+def write(grid: Grid, name: str, folder: Path, configs: Sequence[Mapping[str, Any]] = ()) -> None:
+    """NAME.md, .csv, .tex, .json, .txt, and NAME.bib of the methods; the same records give the same bytes."""
     record.writable("out", folder)
     for format, suffix in SUFFIXES.items():
         (folder / f"{name}.{suffix}").write_text(grid.said(format), encoding="utf-8")
+    if cited := references(configs):
+        (folder / f"{name}.bib").write_text(cited, encoding="utf-8")
+
+
+def references(configs: Sequence[Mapping[str, Any]]) -> str:
+    """The entries of refs.bib that have a class or a data set of these configs among their keywords."""
+    flat = [(key, value) for cfg in configs for key, value in record.flat(cfg).items()]
+    used = {str(value).rpartition(".")[2] for key, value in flat if key.endswith("_target_")}
+    used |= {str(value) for key, value in flat if key == "dataset.name"}
+    entries = (Path(__file__).parent / "refs.bib").read_text(encoding="utf-8").splitlines(keepends=True)
+    found = [(entry, re.search(r"keywords = \{([^}]*)\}", entry)) for entry in entries]
+    return "".join(entry for entry, words in found if words and used & {*words[1].split(", ")})
 
 
 def publish(runs: Any, results: Path) -> None:
@@ -185,6 +221,8 @@ def publish(runs: Any, results: Path) -> None:
         folder = results / machine.folder_name(run.record["environment"]["hardware"])
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / f"{run.name}.record.json")
+        if (seen := run.folder / "eval/test.json").exists():
+            shutil.copyfile(seen, folder / f"{run.name}.eval.json")
         rows = [row for row in record.read_jsonl(run.folder / "metrics.jsonl") if "epoch" in row]
         if rows:
             text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -111,9 +111,9 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         here = {p: "<br>".join(map(str, each)) for p, each in found.items()}
         why = claim.get("why", "not run")
         said = here["sound"] or why
-        rows.append([claim["id"], claim["says"], str(claim.get("paper", "")), said, here["faithful"], word])
+        rows.append([claim["id"], word, claim["says"], str(claim.get("paper", "")), said, here["faithful"]])
         paper = f" (paper {claim['paper']})" if "paper" in claim else ""
-        below = [f"{p:9} {f.ratio['measure']:9} {f}" for p, each in found.items() for f in each] or [why]
+        below = [f"{p:9} {f}" for p, each in found.items() for f in each] or [why]
         blocks.append(([claim["id"], word, f"{claim['says']}{paper}"], below))
         plain += [[claim["id"], claim["says"], claim.get("paper"), word, p, f.table, f.at, f.hardware,
                    f.ratio["numerator"], f.ratio["denominator"], f.ratio["measure"], f.ratio["value"], f.ratio["low"],
@@ -128,7 +128,7 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         "fails: none is above 1; partly: in between; ratios of solves that did not converge decide nothing",
         *[f"measured on {' and '.join(where)}: {', '.join(sorted(used))}"] * bool(used),
     ]  # fmt: skip
-    heads = ["id", "claim", "paper", "here", "as the papers' code", "verdict"]
+    heads = ["id", "verdict", "claim", "paper", "here", "as the papers' code"]
     plain_heads = ["id", "claim", "paper", "verdict", "protocol", "table", "at", "hardware", "numerator", "denominator",
                    "measure", "value", "low", "high", "n", "caveats", "record"]  # fmt: skip
     return Grid(table.title, heads, rows, plain_heads, plain, notes, used, blocks)

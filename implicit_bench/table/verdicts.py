@@ -41,7 +41,7 @@ class Found(NamedTuple):
         r = self.ratio
         where = f"{self.table}" + (f" at {self.at:,}" if self.at else "")
         shy = f", {SHY}" if any(SHY in caveat for caveat in r["caveats"]) else ""
-        return f"{r['numerator']} / {r['denominator']} {self.interval} ({where}{shy})"
+        return f"{r['numerator']} / {r['denominator']}, {r['measure']} {self.interval}, {where}{shy}"
 
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:

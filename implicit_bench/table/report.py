@@ -1,0 +1,234 @@
+"""`implicit-bench report`: one HTML page of claims, tables and figures from records. Runs no model."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import log, machine, papers, record
+from ..compare.figures import Trained, Unknown
+from ..compare.rows import Run
+from ..report import plots
+from ..schema import UsageError, files, nearest
+from ..sync import replay
+from ..terminal import Bar, say
+from ..words import split
+from . import cells
+from .command import grid_of, jobs_of, keyed, listed, touched
+from .grid import Grid
+
+KEYS = {"records": "runs,results", "out": "report", "logger": "none"}
+SPEEDS = ("train", "backward", "predict")
+
+
+class Figure(NamedTuple):
+    name: str
+    caption: str
+    data: str  # the SVG, base64
+
+
+class Section(NamedTuple):
+    id: str
+    title: str
+    about: str
+    figures: list[Figure]
+
+
+def command(args: Sequence[str]) -> int:
+    """`report [records=DIR,...] [out=DIR] [logger=wandb]`. Raises UsageError and RecordError."""
+    given, words = keyed(args, KEYS)
+    if words.overrides or words.flags or words.multirun or words.plan:
+        wrong = (words.overrides or words.flags or ["-m"])[0]
+        raise UsageError(f"report takes no {wrong!r}; it has {', '.join(f'{key}=' for key in KEYS)} and --config-dir")
+    if given["logger"] not in ("wandb", "none"):
+        raise UsageError(f"logger={given['logger']!r} is not possible{nearest(given['logger'], ('wandb', 'none'))}")
+    dirs = [Path(folder) for folder in listed(given["records"])]
+    everything = cells.read(dirs)
+    if not any(run.record["status"] == "done" for run in everything):
+        where = " and ".join(map(str, dirs))
+        raise UsageError(f"there is nothing finished to report on in {where}; implicit-bench train or bench makes some")
+    out = Path(given["out"])
+    record.writable("out", out / "figures")
+    page = _page(everything, dirs, tuple(words.search), out / "figures")
+    (out / "report.html").write_text(page, encoding="utf-8")
+    figures = len([*(out / "figures").glob("*.svg")])
+    say("wrote", f"{out}/   report.html · figures/ ({figures}, each as svg, png, pdf of two widths)")
+    if given["logger"] == "wandb":
+        used = sorted({run.record["run_id"] for run in everything})
+        rec = record.new_record("report", {"records": used}, status="done")
+        folder = Path("runs") / record.folder_name("report", "all", None, rec["run_id"])
+        rec["attempt"] = record.next_attempt(folder, ("record.json", "report.html"))
+        record.write_record(folder, rec)
+        (folder / "report.html").write_text(page, encoding="utf-8")
+        sink = log.Wandb()
+        sink.start(rec, folder)
+        replay(sink, rec, folder)
+        sink.finish(0)
+    return 0
+
+
+def _page(everything: Sequence[Run], dirs: Sequence[Path], search: tuple[str, ...], figures: Path) -> str:
+    import jinja2
+
+    from .. import __version__
+
+    source = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    claims = grid_of(papers.table("claims"), {}, everything, [], split([]), "")
+    grids = _grids(everything, search)
+    drawn = [s for s in sections(everything, figures) if s.figures]
+    hardware = sorted({run.record["environment"]["hardware"] or "" for run in everything} - {""})
+    return template.render(claims=claims, tables=grids, sections=drawn, count=len(everything), version=__version__,
+                           dirs=" and ".join(map(str, dirs)), machines=" and ".join(hardware))  # fmt: skip
+
+
+def _grids(everything: Sequence[Run], search: tuple[str, ...]) -> list[Grid]:
+    """Every table of which something was measured, under each protocol."""
+    found = []
+    for name in files("table", search):
+        table = papers.table(name, search)
+        if table.kind == "claims":
+            continue
+        for protocol in table.seeds if table.kind == "cells" else ("sound",):
+            if table.kind == "cells" and not touched(table, everything, protocol):
+                continue
+            words = split([f"protocol={protocol}", *(f"--config-dir={folder}" for folder in search)])
+            jobs = jobs_of(table, [], words) if table.kind == "cells" else {}
+            fill = f"implicit-bench table table={name} protocol={protocol} run_missing=true"
+            grid = grid_of(table, jobs, everything, table.columns, words, fill)
+            if grid.used or table.kind != "cells":
+                grid.title = f"{grid.title}" + (f", {protocol}" if table.kind == "cells" else "")
+                found.append(grid)
+    return found
+
+
+def sections(everything: Sequence[Run], folder: Path) -> list[Section]:
+    """Every figure, drawn into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def drawn(name: str, caption: str, plot: Callable[[Sequence[Path], float], None]) -> Figure:
+        name = re.sub(r"[^\w.-]+", "_", name).strip("_")
+        bar.at(len([*folder.glob("*.svg")]), lambda: name)
+        svg = plots.at_widths(plot, folder / name)
+        return Figure(name, caption, base64.b64encode(svg.read_bytes()).decode())
+
+    benches, trained, bar = _latest_benches(everything), _trainings(everything), Bar(0, "figures")
+    speeds, memory = [], []
+    for key, run in benches.items():
+        name, title = "-".join([*key[:2], machine.folder_name(key[2])]), _title(run)
+        at = max((r.get("at") or 0 for r in run.record["rows"]), default=0)
+        bars = _bars(run, at)
+        if bars:
+            speeds.append(drawn(f"speedup-{name}", title, partial(plots.ratio_bars, bars=bars, title=title)))
+        amounts = {r["label"]: r["memory"]["train_mib"] for r in run.record["rows"]
+                   if (r.get("at") or 0) == at and (r.get("memory") or {}).get("train_mib")}  # fmt: skip
+        if amounts:
+            memory.append(drawn(f"memory-{name}", title, partial(
+                plots.amounts, bars=amounts, of="MiB that a training step adds", title=title)))  # fmt: skip
+    curves: dict[str, list[Figure]] = {"accuracy": [], "nfe": [], "residual": []}
+    for name, by_model in trained.items():
+        for kind, x, y, log_y in (
+            ("accuracy", "training time, s", "validation accuracy", False),
+            ("nfe", "epoch", "evaluations of f, forward", False), ("residual", "epoch", "residual at exit", True),
+        ):  # fmt: skip
+            series = {model: [c for run in runs if (c := _curve(run, kind))] for model, runs in by_model.items()}
+            series = {model: found for model, found in series.items() if found}
+            if series:
+                short = machine.folder_name(name.replace(",", ""))
+                plot = partial(plots.lines, series=series, x=x, y=y, title=name, log=log_y)
+                curves[kind].append(drawn(f"{kind}-{short}", name, plot))
+    steps = _by_step(everything, drawn)
+    bar.close()
+    return [
+        Section("speed", "Speed-ups", "Median of the quotients of paired rounds with its 95 % interval; a / b above 1: "
+                "b is faster.", speeds),
+        Section("accuracy", "Accuracy against time", "A line a seed. Time is training time alone, of runs that had "
+                "the machine to themselves.", curves["accuracy"]),
+        Section("nfe", "Evaluations over training", "Calls of f in a training step's forward.", curves["nfe"]),
+        Section("residual", "Residual over training", "|f(z) - z| / |f(z)| where the solves ended.",
+                curves["residual"]),
+        Section("steps", "Residual by solver step", "Median over images of a trained model's solves, by eval.", steps),
+        Section("memory", "Memory", "What a training step adds, measured in a process of its own.", memory),
+    ]  # fmt: skip
+
+
+def _latest_benches(everything: Sequence[Run]) -> dict[tuple[str, str, str], Run]:
+    found = {}
+    for run in sorted(everything, key=lambda run: record.started(run.record, run.folder)):
+        rec = run.record
+        if rec["command"] == "bench" and rec["status"] in ("done", "interrupted") and rec.get("ratios"):
+            what = rec["config"].get("table") or run.name.split("-")[1]
+            found[what, str(rec["protocol"]), rec["environment"]["hardware"]] = run
+    return dict(sorted(found.items()))
+
+
+def _title(run: Run) -> str:
+    rec = run.record
+    batch = rec["config"]["rows"][0]["recipe"]["batch"]
+    at = max((r.get("at") or 0 for r in rec["rows"]), default=0)
+    what = rec["config"].get("table") or run.name.split("-")[1]
+    step = f", step {at:,}" if at else ""
+    return f"{what}, {rec['protocol']}, batch {batch}{step}, {rec['environment']['cpu']}"
+
+
+def _bars(run: Run, at: int) -> list[tuple[str, float, float, float]]:
+    ratios = [r for r in run.record["ratios"] if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["value"]
+              and r["id"] != "peer"]  # fmt: skip
+    return [(f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}".removeprefix("– "), r["value"],
+             r["low"] or r["value"], r["high"] or r["value"]) for r in ratios]  # fmt: skip
+
+
+def _trainings(everything: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
+    """Finished trainings that have their history, by experiment (or data set), protocol, length and machine, then
+    model."""
+    found: dict[str, dict[str, list[Run]]] = {}
+    for run in everything:
+        rec = run.record
+        if rec["command"] == "train" and rec["status"] == "done" and run.history.exists():
+            known = rec["experiment"] not in (None, "none")
+            what = rec["experiment"] if known else log.choices(rec["config"]).get("dataset", "data")
+            length = "" if rec["length"] in (None, "full") else f" {rec['length']}"
+            name = f"{what} {rec['protocol']}{length}, {rec['environment']['hardware']}"
+            found.setdefault(name, {}).setdefault(run.model, []).append(run)
+    return {name: dict(sorted(models.items())) for name, models in sorted(found.items())}
+
+
+def _curve(run: Run, kind: str) -> tuple[list[float], list[float]] | None:
+    trained = Trained(run)
+    key = {"accuracy": "metrics.val_acc", "nfe": "solve.nfe_forward", "residual": "solve.residual"}[kind]
+    rows = [row for row in trained.epochs if row.get(key) is not None]
+    if not rows or (kind == "residual" and not run.record["solve"]["converged_fraction"]):
+        return None
+    if kind != "accuracy":
+        return [row["epoch"] for row in rows], [row[key] for row in rows]
+    try:
+        seconds = trained.seconds
+    except Unknown:
+        return None
+    alone = run.record["environment"]["alone"] and len(rows) == len(seconds)
+    return (seconds, [row[key] for row in rows]) if alone else None
+
+
+def _by_step(everything: Sequence[Run], drawn: Callable[..., Figure]) -> list[Figure]:
+    figures = []
+    for run in everything:
+        beside = run.folder / f"{run.name}.eval.json"
+        path = beside if beside.exists() else run.folder / "eval/test.json"
+        traces = _json(path).get("residual_by_step") if run.record["command"] == "train" and path.exists() else None
+        if traces:
+            series = {name: [(range(len(values)), values)] for name, values in traces.items()}
+            tol = run.record["config"]["stop"].get("tol")
+            figures.append(drawn(f"steps-{run.name}", run.name, partial(
+                plots.lines, series=series, x="solver step", y="|f(z) - z| / |f(z)|", title=run.name, log=True,
+                level=tol)))  # fmt: skip
+    return figures
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,74 @@
+"""Every committed table and figure, and README's claims, anew from the records in results/.
+
+usage: python scripts/results.py            says what differs from what is committed, and then ends with 1
+       python scripts/results.py --write    writes it
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import page
+
+from implicit_bench import papers
+from implicit_bench.schema import files
+from implicit_bench.table import cells
+from implicit_bench.table.command import command, grid_of, touched
+from implicit_bench.table.report import sections
+from implicit_bench.terminal import manners
+from implicit_bench.words import split
+
+RESULTS, README = page.ROOT / "results", page.ROOT / "README.md"
+COMPARED = (".md", ".csv", ".tex", ".json", ".txt", ".bib", ".svg")
+
+
+def build(folder: Path) -> str:
+    """tables/ and figures/ below a folder; returns README as it is to be."""
+    everything = cells.read([RESULTS])
+    for name in files("table"):
+        table = papers.table(name)
+        for protocol in table.seeds if table.kind == "cells" else ("sound",):
+            if table.kind != "cells" or touched(table, everything, protocol):
+                out = folder / "tables" / (protocol if table.kind == "cells" else "")
+                command([f"table={name}", f"protocol={protocol}", f"records={RESULTS}", f"out={out}"])
+    sections(everything, folder / "figures")
+    claims = grid_of(papers.table("claims"), {}, everything, [], split([]), "")
+    return page.put(README.read_text("utf-8"), {"claims": claims.said("md")})
+
+
+def texts(folder: Path) -> dict[str, bytes]:
+    """What is compared of a folder: PNG and PDF are not, they hang on the machine's libraries."""
+    found = [path for part in ("tables", "figures") for path in sorted((folder / part).rglob("*"))]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found if path.suffix in COMPARED}
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as name, manners(True, "csv"), open(name + "/shown", "w") as shown:
+        stdout, sys.stdout = sys.stdout, shown
+        try:
+            readme = build(Path(name))
+        finally:
+            sys.stdout = stdout
+        made, committed = texts(Path(name)), texts(RESULTS)
+    if "--write" in sys.argv:
+        for gone in committed.keys() - made.keys():
+            (RESULTS / gone).unlink()
+        for path, content in made.items():
+            (RESULTS / path).parent.mkdir(parents=True, exist_ok=True)
+            (RESULTS / path).write_bytes(content)
+        README.write_text(readme, encoding="utf-8")
+        print(f"wrote   {len(made)} files below {RESULTS.name}/, and the claims in README.md")
+        return 0
+    wrong = sorted(path for path in made.keys() | committed.keys() if made.get(path) != committed.get(path))
+    wrong = [f"{RESULTS.name}/{path}" for path in wrong]
+    wrong += ["README.md"] if readme != README.read_text("utf-8") else []
+    for path in wrong:
+        print(f"differs {path}", file=sys.stderr)
+    print(f"{len(made) + 1 - len(wrong)} of {len(made) + 1} files are what the records say")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
