@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from implicit_bench.cli import main
+
 PLUGIN = Path(__file__).parent.parent / "examples" / "plugin"
 MINE = ["allow_targets=[my_parts]", "network=contractive", "solver=aitken"]
 ALL = [*MINE, "dataset=gratings"]
@@ -32,6 +34,21 @@ def call(where, *words, code=0, configs="configs", **environment):
     done = subprocess.run(argv, cwd=where, env=env, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.fixture
+def here(folder, monkeypatch, capsys):
+    """The same commands in this process, where a subprocess would prove nothing more: all that one said."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+
+    def run(*words, code=0):
+        assert main([words[0], "--config-dir", "configs", *words[1:]]) == code
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    yield run
+    sys.modules.pop("my_parts", None)
 
 
 def finished(runs):
@@ -61,8 +78,8 @@ def test_training_from_its_own_directory(folder):
 
 
 @pytest.mark.parametrize("adjoint", ["unroll", "jfb"])
-def test_it_goes_with_other_adjoints(folder, adjoint):
-    call(folder, "train", *MINE, *QUICK, f"adjoint={adjoint}", "stop.tol=1e-6", "gpu.dtype=float64")
+def test_it_goes_with_other_adjoints(folder, here, adjoint):
+    here("train", *MINE, *QUICK, f"adjoint={adjoint}", "stop.tol=1e-6", "gpu.dtype=float64")
     (rec,) = finished(folder / "runs").values()
     assert rec["nonfinite_steps"] == 0
     assert rec["solve"]["converged_fraction"] == 1.0
@@ -101,21 +118,20 @@ def test_a_multirun_in_the_processes_of_a_launcher(folder):
         "README.md", "configs", "my_parts.py", "runs"]  # fmt: skip
 
 
-def test_its_data_set_can_be_learned_looked_at_and_timed(folder):
+def test_its_data_set_can_be_learned_looked_at_and_timed(folder, here, brisk):
     """Four orientations in noise: far from chance after 5 epochs, in train, eval, bench and data alike."""
     words = ["logger=none", "gpu.threads=1", "recipe.epochs=5"]
-    call(folder, "train", *ALL, *words)
+    here("train", *ALL, *words)
     (rec,) = finished(folder / "runs").values()
     assert rec["metrics"]["test_acc"] > 0.6
     assert (rec["data"]["n_train"], rec["data"]["n_val"], rec["data"]["n_test"]) == (900, 100, 400)
-    refused = call(folder, "eval", "run=last", code=2)
+    refused = here("eval", "run=last", code=2)
     assert "to use your own package add 'allow_targets=[my_parts]'" in refused
-    assert "accuracy" in call(folder, "eval", "run=last", MINE[0])
-    call(folder, "bench", MINE[0], "dataset=gratings", "model=deq,explicit", "rounds=2", "memory=false",
-         "logger=none")  # fmt: skip
-    said = call(folder, "data", MINE[0], "dataset=gratings")
+    assert "accuracy" in here("eval", "run=last", MINE[0])
+    here("bench", MINE[0], "dataset=gratings", "model=deq,explicit", "rounds=2", "memory=false", "logger=none")
+    said = here("data", MINE[0], "dataset=gratings")
     assert said == "data    Gratings: 1,000 + 400 images of 1 x 12 x 12, 4 classes\n"
-    assert "contrast=2" in call(folder, "train", *ALL, *words, "dataset.contrast=2", code=2)
+    assert "contrast=2" in here("train", *ALL, *words, "dataset.contrast=2", code=2)
 
 
 def test_the_commands_of_its_readme_compose(monkeypatch):

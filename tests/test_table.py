@@ -9,12 +9,15 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 
 import pytest
 from test_compare import ENVIRONMENT, put
+from test_log import inspect
 
 from implicit_bench import papers, record, schema
 from implicit_bench.cli import main
@@ -412,6 +415,20 @@ def test_what_an_eval_saw_step_by_step_is_drawn(here, capsys):
     (path / "eval/test.json").write_text(json.dumps({"residual_by_step": {"vcab3": [1.0, 0.1, 0.01]}}))
     assert main(["report"]) == 0
     assert (here / f"report/figures/steps-{path.name}.svg").exists()
+
+
+def test_wandb_has_the_table_and_the_page(here, capsys, monkeypatch):
+    """Offline, each in a process of its own, read back by wandb itself."""
+    put(here, "deq", 0)
+    for words in (["table", "table=mine", "--config-dir=own"], ["report"]):
+        done = subprocess.run([sys.executable, "-m", "implicit_bench", *words, "logger=wandb"], capture_output=True,
+                              text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (folder,) = here.glob(f"runs/{words[0]}-*")
+        latest = folder / "wandb/latest-run"
+        assert json.loads(inspect(latest, "--summary"))["job_type"] == words[0]
+        media = [path.read_text() for path in latest.rglob("media/**/*") if path.is_file()]
+        assert any(("97.00 ± 0.20" if words[0] == "table" else "What was measured") in text for text in media)
 
 
 @pytest.mark.parametrize(
