@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from test_compare import ENVIRONMENT, put
@@ -206,6 +207,15 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(here, capsys, words, s
     assert sentence in said.err
     assert len(said.err.strip().splitlines()) == 1
     assert not (here / "tables").exists()
+
+
+def test_the_table_of_the_page_is_one(here, capsys):
+    page = (Path(__file__).parent.parent / "docs/tables.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    (here / "own/table/theirs.yaml").write_text(text)
+    _, rows = asked(capsys, table="theirs")
+    assert [row["model"] for row in rows][-1] == "deq anderson"
+    assert {row["of"] for row in rows} == {"2"}
 
 
 @pytest.mark.parametrize("spoil", [lambda rec: rec.pop("metrics"), lambda rec: rec.update(schema_version=99)])
@@ -426,7 +436,8 @@ def test_wandb_has_the_table_and_the_page(here, capsys, monkeypatch):
         assert done.returncode == 0, done.stderr
         (folder,) = here.glob(f"runs/{words[0]}-*")
         latest = folder / "wandb/latest-run"
-        assert json.loads(inspect(latest, "--summary"))["job_type"] == words[0]
+        (begun,) = [run for line in inspect(latest).splitlines() if (run := json.loads(line).get("run"))]
+        assert begun["job_type"] == words[0]
         media = [path.read_text() for path in latest.rglob("media/**/*") if path.is_file()]
         assert any(("97.00 ± 0.20" if words[0] == "table" else "What was measured") in text for text in media)
 
