@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,17 +44,19 @@ class Line:
         return f"{len(self.runs)}/{len(self.wanted)}"
 
 
+def _found(value: Any, path: Sequence[str]) -> Any:
+    """What a record has there, or None."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 def _metric(*path: str, scale: float = 1.0) -> Callable[[Line], list[float]]:
     """Of each training's record; a training without it has none to show."""
 
     def of(line: Line) -> list[float]:
-        values = []
-        for run in line.runs.values():
-            value: Any = run.record
-            for key in path:
-                value = value.get(key) if isinstance(value, Mapping) else None
-            values += [] if value is None else [value * scale]
-        return values
+        values = [_found(run.record, path) for run in line.runs.values()]
+        return [value * scale for value in values if value is not None]
 
     return of
 
@@ -63,9 +65,7 @@ def _bench(*path: str, scale: float = 1.0) -> Callable[[Line], list[float]]:
     """Of a bench's row."""
 
     def of(line: Line) -> list[float]:
-        value: Any = line.timed.row if line.timed else None
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
+        value = _found(line.timed and line.timed.row, path)
         return [] if value is None else [value * scale]
 
     return of
@@ -166,13 +166,13 @@ def cell(line: Line, name: str) -> Cell:
     return Cell(values, ("not timed" if column.timed else "–") if not values else "", column.digits)
 
 
-def published(line: Line, name: str) -> Cell:
+def published(line: Line, name: str) -> str:
     """The paper's, as the paper has it: [mean, sd] or one number; none where nobody could read it."""
     value, column = line.paper.published.get(name), COLUMNS[name]
     if value is None:
-        return Cell([], "")
+        return ""
     mean, sd = (*value, None)[:2] if isinstance(value, (list, tuple)) else (value, None)
-    return Cell([], spelled(mean * column.scale, sd * column.scale if sd else None, column.digits))
+    return spelled(mean * column.scale, sd * column.scale if sd else None, column.digits)
 
 
 def machine(rec: Mapping[str, Any]) -> str:
@@ -235,11 +235,11 @@ def lines(table: Table, wanted: Mapping[str, Mapping[int, str]], everything: Seq
         blank = Line(label, table.rows[label], wanted=tuple(cells), target=table.target)
         for seed, id in cells.items():
             for run in by_cell.get(id, ()):
-                line = here.setdefault(machine(run.record), Line(**{**vars(blank), "runs": {}, "failed": {}}))
+                line = here.setdefault(machine(run.record), replace(blank, runs={}, failed={}))
                 (line.runs if run.state == "done" else line.failed if run.state == "failed" else {})[seed] = run
         for where, timing in bench.items():
             on = [line for name, line in here.items() if name.partition(",")[0] == where]
-            for line in on or [here.setdefault(machine(timing.rec), Line(**{**vars(blank), "runs": {}, "failed": {}}))]:
+            for line in on or [here.setdefault(machine(timing.rec), replace(blank, runs={}, failed={}))]:
                 line.timed = timing
         for name, line in here.items():
             line.machine = name

@@ -67,7 +67,8 @@ def command(args: Sequence[str]) -> int:
     if given["publish"] == "true":
         publish(grid.used.values(), Path("results"))
     if given["logger"] == "wandb":
-        send(grid, table.name)
+        rec = record.new_record("table", {"table": table.name, "records": sorted(grid.used)}, status="done")
+        send({**rec, "tables": {table.name: [grid.columns, grid.rows]}}, table.name)
     return 0
 
 
@@ -115,8 +116,11 @@ def grid_of(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]], eve
         return of_bars(table, everything, protocol)
     if table.kind == "board":
         return of_board(table, _measured(table, everything, words))
-    wanted = {label: {seed: record.cell_id(job.config) for seed, job in seeds.items()} for label, seeds in jobs.items()}
-    return of_cells(table, wanted, everything, protocol, columns, fill)
+    return of_cells(table, _ids(jobs), everything, protocol, columns, fill)
+
+
+def _ids(jobs: Mapping[str, Mapping[int, config.Composed]]) -> dict[str, dict[int, str]]:
+    return {label: {seed: record.cell_id(job.config) for seed, job in each.items()} for label, each in jobs.items()}
 
 
 def touched(table: Table, everything: Sequence[Run], protocol: str) -> bool:
@@ -135,8 +139,7 @@ def _measured(table: Table, everything: Sequence[Run],
         of = papers.table(line["table"], tuple(words.search))
         if not touched(of, everything, protocol_of(words)):
             continue
-        jobs = jobs_of(of, [line["row"]], words)
-        wanted = {label: {s: record.cell_id(job.config) for s, job in each.items()} for label, each in jobs.items()}
+        wanted = _ids(jobs_of(of, [line["row"]], words))
         best = max(cells.lines(of, wanted, everything, protocol_of(words)), key=lambda each: len(each.runs))
         if values := cells.COLUMNS["test_acc"].of(best):
             sd = statistics.stdev(values) if len(values) > 1 else None
@@ -231,13 +234,13 @@ def publish(runs: Any, results: Path) -> None:
     say("publish", f"{count} record{'s' * (count != 1)} copied to {results}/; those that were there stay")
 
 
-def send(grid: Grid, name: str) -> None:
-    """A W&B run with the table, made of the records that it names."""
-    rec = record.new_record("table", {"table": name, "records": sorted(grid.used)}, status="done")
-    rec |= {"tables": {name: [grid.columns, grid.rows]}, "scalars": []}
-    folder = Path("runs") / record.folder_name("table", name, None, rec["run_id"])
-    rec["attempt"] = record.next_attempt(folder, ("record.json",))
+def send(rec: dict[str, Any], name: str, page: str = "") -> None:
+    """A W&B run of what was made of records, with its tables or its page."""
+    folder = Path("runs") / record.folder_name(rec["command"], name, None, rec["run_id"])
+    rec["attempt"] = record.next_attempt(folder, ("record.json", "report.html"))
     record.write_record(folder, rec)
+    if page:
+        (folder / "report.html").write_text(page, encoding="utf-8")
     sink = log.Wandb()
     sink.start(rec, folder)
     replay(sink, rec, folder)

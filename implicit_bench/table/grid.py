@@ -52,7 +52,7 @@ def of_cells(table: Table, wanted: Mapping[str, Mapping[int, str]], everything: 
     """Measured cells with the published beside them, a line a row and machine."""
     lines = cells.lines(table, wanted, everything, protocol)
     several = len({line.machine for line in lines if line.machine}) > 1
-    theirs = [c for c in columns if any(str(cells.published(line, c)) for line in lines)]
+    theirs = [c for c in columns if any(cells.published(line, c) for line in lines)]
     heads, plain_heads = ["model", "n"], ["model", "machine", "protocol", "n", "of"]
     for c in columns:
         ours = [] if c == "test_acc5" else [cells.COLUMNS[c].head]
@@ -63,7 +63,7 @@ def of_cells(table: Table, wanted: Mapping[str, Mapping[int, str]], everything: 
     for line in lines:
         row, values = [line.label, line.n], [line.label, line.machine, protocol, len(line.runs), len(line.wanted)]
         for c in columns:
-            cell, paper = cells.cell(line, c), str(cells.published(line, c))
+            cell, paper = cells.cell(line, c), cells.published(line, c)
             row += [*([str(cell)] if c != "test_acc5" else []), *([paper] if c in theirs else [])]
             values += [cell.mean, cell.sd, len(cell.values)] if c != "test_acc5" else []
             values += [paper] if c in theirs else []

@@ -15,11 +15,10 @@ from ..compare.figures import Trained, Unknown
 from ..compare.rows import Run
 from ..report import plots
 from ..schema import UsageError, files, nearest
-from ..sync import replay
 from ..terminal import Bar, say
 from ..words import split
 from . import cells
-from .command import grid_of, jobs_of, keyed, listed, touched
+from .command import grid_of, jobs_of, keyed, listed, send, touched
 from .grid import Grid
 
 KEYS = {"records": "runs,results", "out": "report", "logger": "none"}
@@ -60,15 +59,7 @@ def command(args: Sequence[str]) -> int:
     say("wrote", f"{out}/   report.html · figures/ ({figures}, each as svg, png, pdf of two widths)")
     if given["logger"] == "wandb":
         used = sorted({run.record["run_id"] for run in everything})
-        rec = record.new_record("report", {"records": used}, status="done")
-        folder = Path("runs") / record.folder_name("report", "all", None, rec["run_id"])
-        rec["attempt"] = record.next_attempt(folder, ("record.json", "report.html"))
-        record.write_record(folder, rec)
-        (folder / "report.html").write_text(page, encoding="utf-8")
-        sink = log.Wandb()
-        sink.start(rec, folder)
-        replay(sink, rec, folder)
-        sink.finish(0)
+        send(record.new_record("report", {"records": used}, status="done"), "all", page)
     return 0
 
 
