@@ -114,6 +114,7 @@ class Backsolve(Adjoint):
             row = done.value
             log.vjps += done.stats.calls
             log.calls += done.stats.calls
+            log.recorded += done.stats.calls
             log.iterations, log.status = log.iterations + done.stats.steps, torch.maximum(log.status, done.status)
         a0, theta = row[0, n : 2 * n].view_as(z1), row[0, 2 * n :].split(sizes)
         return [a0 * size, *(grad.view_as(w) * size.squeeze() for grad, w in zip(theta, wrt))]
@@ -133,6 +134,7 @@ class Backsolve(Adjoint):
             if done:  # a call made by the backward: one evaluation, one VJP
                 log.calls += 1
                 log.vjps += 1
+                log.recorded += 1
             return F(z.detach() if done and self.frozen else z, t)
 
         stop: Any = forward.stop

@@ -25,7 +25,9 @@ class BackwardLog:
 
     forward_calls: int = 0  # F calls of the forward that the solution does not count (the re-attaching one)
     vjps: int = 0  # vector-Jacobian products of F, all of them
+    narrow: int = 0  # those of them that go to the state alone, not to parameters and x
     calls: int = 0  # F calls made again in the backward
+    recorded: int = 0  # F calls, forward or backward, whose graph autograd recorded
     iterations: Tensor | None = None  # (B,) of the linear solve, or steps of the solve back in time
     residual: Tensor | None = None  # (B,) of the linear solve, relative to the right-hand side
     rhs_norm: Tensor | None = None  # (B,) |J^T g|
@@ -39,6 +41,7 @@ class BackwardLog:
     def watch(self, out: Tensor) -> Tensor:
         """`out`, the output of one evaluation, of which every VJP is counted from now on."""
         if out.requires_grad:
+            self.recorded += 1
             out.register_hook(self._one_more)
         return out
 
@@ -109,9 +112,14 @@ def reattach(F: Field, z: Tensor, log: BackwardLog) -> tuple[Tensor, Tensor]:
         return zs, log.watch(F.f(zs, zs.new_zeros(len(zs))))  # type: ignore[attr-defined]
 
 
-def vjp_of(zs: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
+def vjp_of(zs: Tensor, z: Tensor, log: BackwardLog) -> Callable[[Tensor], Tensor]:
     """v -> J^T v on the kept graph of z = f(zs)."""
-    return lambda v: torch.autograd.grad(z, zs, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+    def vjp(v: Tensor) -> Tensor:
+        log.narrow += 1
+        return torch.autograd.grad(z, zs, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+    return vjp
 
 
 class Corrected(torch.autograd.Function):

@@ -53,7 +53,7 @@ class IFT(Adjoint):
 
         def correction(g: Tensor) -> list[Tensor | None]:
             lam, log.iterations, log.residual, log.rhs_norm, log.status = self.linear(
-                vjp_of(zs, z), g.to(zs.dtype), solve.reduce, self.rtol, self.atol, self.max_iter
+                vjp_of(zs, z, log), g.to(zs.dtype), solve.reduce, self.rtol, self.atol, self.max_iter
             )
             much = torch.autograd.grad(z, bare, lam, retain_graph=True, allow_unused=True) if bare else ()
             return [g + lam, *(None if m is None else -m for m in much)]

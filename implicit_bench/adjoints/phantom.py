@@ -50,7 +50,7 @@ class Phantom(Adjoint):
         zs, z = reattach(F, z, log)
 
         def correction(g: Tensor) -> list[Tensor]:
-            vjp, term, total = vjp_of(zs, z), g, g
+            vjp, term, total = vjp_of(zs, z, log), g, g
             for _ in range(self.steps - 1):
                 term = term + self.damping * (vjp(term) - term)
                 total = total + term

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from ..sync import replay
 from ..terminal import Bar, duration, progress, say
 from ..train import Interrupted
 from . import memory, peers, show
-from .ratios import Stage, comparisons
+from .ratios import Prices, Stage, comparisons
 from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round, warm_steps
 from .trained import lacks, put, trained, where
 
@@ -218,22 +219,23 @@ class Timing:
         point = "" if at is None else f" at step {at:,}"
         progress("plan", f"{len(rows)} rows{point} × {many} of {show.steps(k)}, about {duration(expected)} from here; "
                  "Ctrl-C prints what there is")  # fmt: skip
-        before = _prices(rows)
+        prices = Readings(rows)
         bar = Bar(0 if budget else self.rounds, "rounds")
 
         def on_round(done: int, figures: dict[str, dict[str, float]]) -> None:
             self.jsonl.append({"step": done, **({} if at is None else {"at": at}), **figures})
             bar.at(done)
+            if prices.due():
+                prices.read()
 
         samples = clock.interleave({row.label: partial(row.measure, k) for row in rows}, on_round=on_round,
                                    rounds=self.rounds if budget is None else None, seconds=budget)  # fmt: skip
         bar.close()
         self.failed |= samples.failed
-        after = _prices(rows) if not samples.interrupted else before
-        # A price is what f costs undisturbed: the lower of two readings, so that one bad moment does not spoil it.
-        units = [(min(a[0], b[0]), min(a[1], b[1])) for a, b in zip(before, after)]
-        figures = [row.figures(samples.rows[row.label], unit, peaks.get((at, row.label), memory.NOTHING))
-                   for row, unit in zip(rows, units) if row.label in samples.rows and samples.rounds]  # fmt: skip
+        if not samples.interrupted:
+            prices.read()
+        figures = [row.figures(samples.rows[row.label], prices.of(row), peaks.get((at, row.label), memory.NOTHING))
+                   for row in rows if row.label in samples.rows and samples.rounds]  # fmt: skip
         warm = {row.label: row.warm for row in rows if row.warm}
         found = comparisons(figures, rows[0].job.table) if len(figures) > 1 else []
         return Stage(at, figures, found, samples.rounds, samples.seconds, samples.interrupted, k,
@@ -241,10 +243,30 @@ class Timing:
                      sum(w.cold_s for w in warm.values()))  # fmt: skip
 
 
-def _prices(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """ms of one f and of one VJP for each row, measured once for all rows of one cell."""
-    found: list[tuple[Any, tuple[float, float]]] = []
-    for row in rows:
-        if not any(cell == row.cell for cell, _ in found):
-            found.append((row.cell, row.unit_costs()))
-    return [next(price for cell, price in found if cell == row.cell) for row in rows]
+class Readings:
+    """Unit costs, read before, between and after the rounds, once for all rows of one cell: the machine's drift is in
+    them as it is in the rounds."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.cells: list[Row] = []  # the first row of each
+        for row in rows:
+            if not any(row.cell == other.cell for other in self.cells):
+                self.cells.append(row)
+                row.solution = None  # that of other weights
+        self.found: list[list[Prices]] = []
+        self.read()
+
+    def read(self) -> None:
+        began = time.perf_counter()
+        self.found.append([row.prices() for row in self.cells])
+        self.ended = time.perf_counter()
+        self.cost = self.ended - began
+
+    def due(self) -> bool:
+        """Reading takes a twentieth of the time at most."""
+        return time.perf_counter() - self.ended > 20 * self.cost
+
+    def of(self, row: Row) -> Prices:
+        """The medians."""
+        i = next(i for i, other in enumerate(self.cells) if other.cell == row.cell)
+        return Prices(*map(statistics.median, zip(*(reading[i] for reading in self.found))))

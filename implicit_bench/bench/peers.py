@@ -95,6 +95,14 @@ def _residual(row: Row, x: Tensor) -> float:
     return float(row.model.eval()(x).layer.solution.stats.residual.mean())
 
 
+class LastIsWhole(BackwardLog):
+    """Of a linear solve's VJPs, all to the state alone, and the one after it."""
+
+    def _one_more(self, g: Tensor) -> None:
+        super()._one_more(g)
+        self.narrow = self.vjps - 1
+
+
 class TorchDEQ(nn.Module):
     """torchdeq's layer (arXiv 2310.18605) round the cell and the start of ours, with its counts where ours has them."""
 
@@ -117,7 +125,8 @@ class TorchDEQ(nn.Module):
         self.deq.train(self.training)
 
     def forward(self, x: Tensor) -> LayerOutput:
-        ctx, log, t, calls = self.cell.begin(x), BackwardLog(), x.new_zeros(len(x)), 0
+        log: BackwardLog = LastIsWhole() if "ift" in self.rule else BackwardLog()
+        ctx, t, calls = self.cell.begin(x), x.new_zeros(len(x)), 0
 
         def f(z: Tensor) -> Tensor:
             nonlocal calls

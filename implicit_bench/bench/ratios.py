@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +20,15 @@ from .claims import asked
 EQUAL = 1e-4  # of the largest logit, in float32
 
 
+class Prices(NamedTuple):
+    """ms of one call, each alone in a loop of its own."""
+
+    f: float  # without a graph
+    f_graph: float  # while autograd records it
+    vjp: float  # on a kept graph, to the state alone
+    vjp_all: float  # to the parameters and x as well
+
+
 @dataclass(frozen=True)
 class Figures:
     """What is known of a row when its rounds are done."""
@@ -29,8 +38,7 @@ class Figures:
     model: str
     times: Mapping[str, Sequence[float]]  # measure -> ms a step by round; nfe: evaluations a forward
     means: Mapping[str, float]  # of train.Tally
-    f_ms: float
-    vjp_ms: float
+    price: Prices
     parameters: int
     solver: Mapping[str, Any]
     adjoint: str
@@ -50,9 +58,21 @@ class Figures:
         return self.means["nfe_forward"] + self.means["calls_backward"]
 
     @property
+    def by_f(self) -> float:
+        """ms a step of all calls of f."""
+        recorded = self.means["recorded"]
+        return (self.f_calls - recorded) * self.price.f + recorded * self.price.f_graph
+
+    @property
+    def by_vjp(self) -> float:
+        """ms a step of all VJPs."""
+        narrow = self.means["narrow"]
+        return narrow * self.price.vjp + (self.means["nfe_backward"] - narrow) * self.price.vjp_all
+
+    @property
     def floor_ms(self) -> float:
         """Counted work at unit cost: what a step would take if nothing but f and its VJPs took time."""
-        return self.f_calls * self.f_ms + self.means["nfe_backward"] * self.vjp_ms
+        return self.by_f + self.by_vjp
 
     @property
     def priced(self) -> bool:
@@ -99,8 +119,7 @@ class Comparison:
             return None
         saved = a.median("train") - b.median("train")
         f, vjp = a.f_calls - b.f_calls, a.means["nfe_backward"] - b.means["nfe_backward"]
-        by_f = a.f_calls * a.f_ms - b.f_calls * b.f_ms
-        by_vjp = a.means["nfe_backward"] * a.vjp_ms - b.means["nfe_backward"] * b.vjp_ms
+        by_f, by_vjp = a.by_f - b.by_f, a.by_vjp - b.by_vjp
         return {"saved_ms": saved, "f": f, "vjps": vjp, "f_ms": by_f, "vjp_ms": by_vjp,
                 "other_ms": saved - by_f - by_vjp}  # fmt: skip
 

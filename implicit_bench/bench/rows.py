@@ -5,7 +5,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..device import Device
 from ..record import flat
 from ..terminal import Bar, say
 from ..train import Step, Tally, count_flops
-from .ratios import Figures
+from .ratios import Figures, Prices
 
 
 class Row:
@@ -49,16 +49,17 @@ class Row:
         self.logits: torch.Tensor | None = None  # of the first batch at the initial weights
         self.peer_of = ""  # the row that another library's is beside
         self.initial = self.state()
+        self.solution: torch.Tensor | None = None  # where calls are priced
         self.still: dict[str, Any] | None = None  # the state that each round begins at; None: it trains as it goes
 
     @property
     def parameters(self) -> int:
         return sum(self.model.parameter_counts().values())
 
-    def figures(self, times: Mapping[str, Sequence[float]], unit_ms: tuple[float, float],
+    def figures(self, times: Mapping[str, Sequence[float]], price: Prices,
                 memory: Mapping[str, float | None]) -> Figures:  # fmt: skip
         residual = isinstance(self.model.layer.stop, Residual)
-        return Figures(self.label, self.job.label or self.name, self.name, times, self.tally.means(), *unit_ms,
+        return Figures(self.label, self.job.label or self.name, self.name, times, self.tally.means(), price,
                        self.parameters, self.job.config["solver"], type(self.model.layer.adjoint).__name__.lower(),
                        residual, memory, self.flops, self.val_acc, self.val_n, self.peer_of, self.logits)  # fmt: skip
 
@@ -157,22 +158,35 @@ class Row:
         """What decides the price of one f: rows that agree on it share the price."""
         return self.job.config["network"], self.job.config["gpu"]
 
-    def unit_costs(self) -> tuple[float, float]:
-        """ms of one call of f, and of one VJP of f on a kept graph, at the solution of a real batch."""
-        x, _ = self.batch(0)
+    def prices(self) -> Prices:
+        """At the solution of a real batch, which is solved for once. Leaves no trace."""
+        cuda = [self.device.torch] if self.device.torch.type == "cuda" else []
+        with torch.random.fork_rng(cuda), self.device.autocast():  # masks are drawn
+            return self._prices(self.batch(0)[0])
+
+    def _prices(self, x: torch.Tensor) -> Prices:
         layer = self.model.layer
         cell = getattr(layer.cell, "cells", [layer.cell])[0]  # of untied cells, which cost the same, one
-        with torch.no_grad():
-            features = self.model.stem(x)
-            ctx = cell.begin(features)
-            z = layer(features).z.detach()
-            t = z.new_zeros(len(z))
-            f = clock.unit_cost(lambda: cell(z, ctx, t), device=self.device.torch)
-        zs = z.requires_grad_()
+        features = self.model.stem(x).detach().requires_grad_()
+        ctx = cell.begin(features)
+        if self.solution is None:
+            with torch.no_grad():
+                self.solution = layer(features).z
+        zs = self.solution.detach().requires_grad_()
+        t = zs.new_zeros(len(zs))
+        everything = [zs, features, *(p for p in cell.parameters() if p.requires_grad)]
         out = cell(zs, ctx, t)
         v = torch.ones_like(out)
-        vjp = clock.unit_cost(lambda: torch.autograd.grad(out, zs, v, retain_graph=True), device=self.device.torch)
-        return f, vjp
+
+        def price(call: Callable[[], Any]) -> float:
+            return clock.unit_cost(call, device=self.device.torch)
+
+        def vjp(wrt: Sequence[torch.Tensor]) -> float:
+            return price(lambda: torch.autograd.grad(out, wrt, v, retain_graph=True, allow_unused=True))
+
+        with torch.no_grad():
+            f = price(lambda: cell(zs, ctx, t))
+        return Prices(f, price(lambda: cell(zs, ctx, t)), vjp([zs]), vjp(everything))
 
 
 def make_rows(jobs: Sequence[config.Composed], labels: Sequence[str], data: Data,

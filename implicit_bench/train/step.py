@@ -43,6 +43,7 @@ class Tally:
                 "n": n, "batches": 1, "loss": loss * n, "correct": (logits.argmax(1) == y).sum(),
                 "nfe_forward": stats.calls + extra, "nfe_sample": stats.nfe.sum() + extra * n,
                 "nfe_backward": back.vjps, "calls_backward": back.calls, "residual": stats.residual.sum(),
+                "narrow": back.narrow, "recorded": back.recorded,
             }  # fmt: skip
             if back.iterations is not None and back.rhs_norm is not None:
                 values |= {"linear_iterations": back.iterations.sum(), "rhs_norm": back.rhs_norm.sum()}
@@ -53,7 +54,10 @@ class Tally:
         self._pending.clear()
 
     def means(self) -> dict[str, float]:
-        """loss, acc, nfe_forward and nfe_backward a batch; the rest a sample; converged_fraction if it was asked."""
+        """nfe_forward, nfe_backward, calls_backward, and of these calls those `recorded` and of these VJPs the `narrow`
+
+        ones (see BackwardLog) a batch; the rest a sample; converged_fraction if it was asked.
+        """
         self.settle()
         s = self.sums
         if not s.get("n"):
@@ -61,7 +65,8 @@ class Tally:
         n, batches = s["n"], s["batches"]
         out = {"loss": s["loss"] / n, "acc": s["correct"] / n, "nfe_forward": s["nfe_forward"] / batches,
                "nfe_backward": s["nfe_backward"] / batches, "nfe_sample": s["nfe_sample"] / n,
-               "calls_backward": s["calls_backward"] / batches, "residual": s["residual"] / n}  # fmt: skip
+               "calls_backward": s["calls_backward"] / batches, "residual": s["residual"] / n,
+               "narrow": s.get("narrow", 0.0) / batches, "recorded": s.get("recorded", 0.0) / batches}  # fmt: skip
         if "linear_iterations" in s:
             out |= {"linear_iterations": s["linear_iterations"] / n, "rhs_norm": s["rhs_norm"] / n}
         counts = self.status_counts()

@@ -6,17 +6,20 @@ import pytest
 from implicit_bench import papers
 from implicit_bench.bench import show
 from implicit_bench.bench.command import seconds
-from implicit_bench.bench.ratios import Figures, comparisons
+from implicit_bench.bench.ratios import Figures, Prices, comparisons
 from implicit_bench.config import UsageError
 from implicit_bench.report import ratios
 
+PRICES = Prices(f=0.1, f_graph=0.1, vjp=0.2, vjp_all=0.2)
 
-def row(model, train, *, nfe=(20, 10), backward_calls=0, converged=1.0, residual=True, solver=None, noise=0.001):
+
+def row(model, train, *, nfe=(20, 10), backward_calls=0, recorded=0, narrow=0, price=PRICES, converged=1.0,
+        residual=True, solver=None, noise=0.001):  # fmt: skip
     times = [train * (1 + noise * ((i * 7) % 11 - 5)) for i in range(60)]
-    means = {"nfe_forward": nfe[0], "nfe_backward": nfe[1], "calls_backward": backward_calls, "residual": 0.005,
-             "converged_fraction": converged}  # fmt: skip
+    means = {"nfe_forward": nfe[0], "nfe_backward": nfe[1], "calls_backward": backward_calls, "recorded": recorded,
+             "narrow": narrow, "residual": 0.005, "converged_fraction": converged}  # fmt: skip
     series = {"train": times, "backward": [t / 2 for t in times], "predict": [t / 4 for t in times]}
-    return Figures(model, model, model, series, means, 0.1, 0.2, 1000, solver or {"rtol": 1e-3}, "ift", residual)
+    return Figures(model, model, model, series, means, price, 1000, solver or {"rtol": 1e-3}, "ift", residual)
 
 
 def said(c):
@@ -62,6 +65,18 @@ def test_the_saving_is_explained_by_counted_work_at_unit_cost():
     assert e["other_ms"] == pytest.approx(0.0, abs=1e-9)
     assert r1.why() == ("cdeq saves 10.0 ms a step against neural_ode: 60.0 fewer f (60%), 20.0 fewer VJPs (40%), "
                         "other (0%)")  # fmt: skip
+
+
+def test_a_recorded_call_and_a_vjp_to_the_parameters_have_prices_of_their_own():
+    price = Prices(f=0.1, f_graph=0.15, vjp=0.2, vjp_all=0.3)
+    node = row("neural_ode", 30.0, nfe=(50, 30), backward_calls=30, recorded=30, narrow=0, price=price, residual=False)
+    cdeq = row("cdeq", 5.0, nfe=(20, 10), recorded=1, narrow=9, price=price)
+    assert node.floor_ms == pytest.approx(50 * 0.1 + 30 * 0.15 + 30 * 0.3)
+    assert cdeq.floor_ms == pytest.approx(19 * 0.1 + 1 * 0.15 + 9 * 0.2 + 1 * 0.3)
+    e = comparisons([node, cdeq])[0].explained()
+    assert e["f_ms"] == pytest.approx(9.5 - 2.05)
+    assert e["vjp_ms"] == pytest.approx(9.0 - 2.1)
+    assert e["other_ms"] == pytest.approx(25.0 - 7.45 - 6.9)
 
 
 def test_what_speaks_against_a_comparison_stands_beside_it():
@@ -172,7 +187,7 @@ def test_only_training_times_are_explained_and_only_by_prices_that_can_be_right(
     r1, r2, _ = comparisons([NODE, CDEQ])
     assert r1.explained() is not None
     assert r2.explained() is None
-    absurd = replace(CDEQ, f_ms=16.0)  # a floor of 320 ms under a step of 4
+    absurd = replace(CDEQ, price=PRICES._replace(f=16.0))  # a floor of 320 ms under a step of 4
     (r1, *_) = comparisons([NODE, absurd])
     assert r1.explained() is None
     assert r1.why() == ""

@@ -4,7 +4,7 @@ import torch
 
 from implicit_bench import config, papers
 from implicit_bench.bench import rows
-from implicit_bench.bench.ratios import comparisons
+from implicit_bench.bench.ratios import Prices, comparisons
 from implicit_bench.device import Device
 
 
@@ -47,9 +47,11 @@ def test_backsolve_counts_its_own_calls_of_f(made):
     row.measure(2)
     means = row.tally.means()
     assert means["calls_backward"] == means["nfe_backward"] > 0
-    figures = row.figures({"train": [1.0]}, (0.5, 2.0), {})
+    figures = row.figures({"train": [1.0]}, Prices(0.5, 1.0, 2.0, 3.0), {})
     assert figures.f_calls == means["nfe_forward"] + means["calls_backward"]
-    assert figures.floor_ms == pytest.approx(figures.f_calls * 0.5 + means["nfe_backward"] * 2.0)
+    assert (means["recorded"], means["narrow"]) == (means["calls_backward"], 0)
+    back = means["calls_backward"]
+    assert figures.floor_ms == pytest.approx(means["nfe_forward"] * 0.5 + back * (1.0 + 3.0))
 
 
 def test_a_row_is_timed_as_it_trains_after_pretraining(made):
@@ -70,10 +72,34 @@ def test_warming_up_leaves_no_trace(made):
 
 def test_unit_costs_are_of_one_call(made):
     for row in made("deq", "resnet"):  # of the untied cells each is applied once a solve
-        f, vjp = row.unit_costs()
+        state = torch.random.get_rng_state()
+        price = row.prices()
+        assert torch.equal(torch.random.get_rng_state(), state)
         step = row.measure(5)
-        assert 0 < f < step["forward"]
-        assert 0 < vjp < step["backward"]
+        assert 0 < price.f < step["forward"]
+        assert price.f < price.f_graph * 1.5
+        assert 0 < price.vjp < step["backward"]
+        assert price.vjp < price.vjp_all * 1.5
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "recorded", "narrow"),
+    [
+        ("deq", [], 1, "all but one"),
+        ("deq", ["adjoint=jfb"], 1, 0),
+        ("deq", ["adjoint=phantom", "adjoint.steps=3"], 3, 0),
+        ("deq", ["adjoint=phantom", "adjoint.steps=3", "adjoint.mode=neumann"], 1, 2),
+        ("explicit", ["stop.steps=4"], 4, 0),
+        ("explicit", ["stop.steps=4", "adjoint.checkpoint=true"], 4, 0),
+    ],
+)
+def test_calls_with_a_graph_and_vjps_to_the_state_alone_are_counted_apart(made, model, words, recorded, narrow):
+    (row,) = made(model, words=words)
+    row.measure(2)
+    means = row.tally.means()
+    assert means["recorded"] == recorded
+    assert means["narrow"] == (means["nfe_backward"] - 1 if narrow == "all but one" else narrow)
+    assert means["nfe_backward"] > means["narrow"]
 
 
 @pytest.mark.parametrize(("inject", "verdict"), [("frozen", "equal"), ("state", "not equal")])
