@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo readme bench-solvers choosing faithfulness results reproduce docs smoke test lint clean
+.PHONY: help setup demo readme bench-solvers choosing faithfulness results reproduce docs smoke test soak lint clean
 help:             ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
@@ -42,6 +42,9 @@ smoke: setup      ## length=smoke of the experiments on real images, three seeds
 
 test: setup       ## the whole test suite
 	@$(PY) -m pytest -n auto --maxprocesses 4
+
+soak: setup       ## what can go wrong, at length, about twenty minutes; its log is results/soak.log
+	@rm -f results/soak.log; IMPLICIT_BENCH_SOAK=$(CURDIR)/results/soak.log $(PY) -m pytest tests/test_faults.py --timeout 3600
 
 lint: setup       ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m mypy

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import importlib
-import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .guard import guarded
 from .help import HELP, PROG, USAGE
-from .schema import UsageError, config_dir, files, first_line, nearest
+from .schema import UsageError, files, nearest
 from .words import Words, as_meant, plain, split
 
 if TYPE_CHECKING:
     from . import config
-
-
-class JobFailed(Exception):
-    """A run of a sweep failed and has said so; the others go on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in rest):
         print(HELP[name], end="")
         return 0
-    return _guarded(lambda: _with_manners(name, rest))
+    return guarded(lambda: _with_manners(name, rest))
 
 
 def _with_manners(name: str, args: list[str]) -> int:
@@ -66,75 +59,17 @@ def _with_manners(name: str, args: list[str]) -> int:
         return COMMANDS[name](rest)
 
 
-def _guarded(run: Callable[[], int]) -> int:
-    """An exit code, with one sentence for what is the user's or the machine's doing; the rest is ours, a traceback."""
-    from .lock import RunLocked
-
-    try:
-        if os.getcwd() not in sys.path:  # a user's own modules; console scripts and launchers' workers leave it out
-            sys.path.append(os.getcwd())
-        code = run()
-        sys.stdout.flush()
-        return code
-    except UsageError as mistake:
-        return _refuse(mistake, 2)
-    except BrokenPipeError:  # as in `implicit-bench list | head -3`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (or the interpreter complains when it flushes at exit)
-        return 0
-    except KeyboardInterrupt:  # a training that has begun says more
-        return _refuse("interrupted", 130)
-    except OSError as problem:
-        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        return _refuse(f"{problem.filename}: {problem.strerror}" if problem.filename else problem, 1 if full else 2)
-    except (ValueError, RuntimeError) as problem:
-        if not type(problem).__module__.startswith("implicit_bench"):
-            raise
-        return _refuse(problem, 1 if isinstance(problem, RunLocked) else 2)  # RecordError, DataError, CheckpointError
-
-
-def _refuse(problem: object, code: int) -> int:
-    print(f"{PROG}: {problem}", file=sys.stderr)
-    return code
-
-
-def _hydra_main(command: str, words: Words, args: Sequence[str], task: Callable[[Any], Any]) -> None:
-    """Hand over to Hydra: a sweep, and the flags that print and stop. What it raises comes to us."""
-    import hydra
-    from hydra.errors import HydraException
-
-    from .terminal import Without
-
-    logging.raiseExceptions = False  # or --info ... | head prints a traceback a line
-    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [f"{PROG} {command}", *args, *(f"--config-dir={folder}" for folder in words.search)]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints tracebacks of its own and exits
-    try:
-        with contextlib.redirect_stderr(Without("Error executing job with overrides")):  # it has been said already
-            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
-    except HydraException as error:
-        raise UsageError(first_line(error)) from None
-    except SystemExit as end:
-        if end.code == 130:
-            raise KeyboardInterrupt from None
-        if end.code:
-            raise
-    finally:
-        sys.argv = before
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if full is not None:
-            os.environ["HYDRA_FULL_ERROR"] = full
-
-
 def _show(command: str, words: Words) -> int:
     """What Hydra's flags ask for; for every row of a sweep, as YAML documents."""
     from . import config
+    from .handover import hand_over
 
     rows = [*_rows(command, words)[1].values()]
     config.compose_all(command, rows, words.search)  # a mistake is one sentence
     for row in rows:
         if len(rows) > 1:
             print("---")
-        _hydra_main(command, words, [*words.flags, *row], print)
+        hand_over(command, words, [*words.flags, *row], print)
     return 0
 
 
@@ -183,7 +118,9 @@ def _jobs(command: str, words: Words, aloud: bool = True) -> list[config.Compose
 
 def _train(words: Words) -> int:
     if words.multirun:
-        return _sweep(words)
+        from .sweep.command import sweep
+
+        return sweep(words)
     from . import config
 
     composed = config.compose("train", words.overrides, words.search)
@@ -203,52 +140,6 @@ def _plan(command: str, words: Words) -> int:
     if command == "train":
         return plan.plan_training(jobs)
     return plan.plan_bench(jobs, words.overrides) if command == "bench" else plan.plan_others(command, jobs)
-
-
-def _sweep(words: Words) -> int:
-    from . import config
-
-    code = 0
-    if not any(o.startswith("hydra/sweeper=") for o in words.overrides):  # another sweeper reads ranges its own way
-        jobs = config.compose_all("train", config.each_value(words.overrides, words.search), words.search)
-        for job in jobs:
-            config.make_alone(job.config)
-        if any(job.config["match"] for job in jobs):
-            _jobs("train", words, aloud=False)  # before jobs run side by side, and each measures a depth of its own
-    try:
-        _hydra_main("train", words, ["--multirun", *words.overrides], train_task)
-    except JobFailed:
-        code = _refuse("some runs of the sweep failed; the same command runs those again and no other", 3)
-    from .compare.command import after_sweep
-
-    after_sweep(words)
-    return code
-
-
-def train_task(cfg: Any) -> float | None:
-    """One job of a multirun, in this process or a launcher's worker; returns test accuracy, for sweepers."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from . import config, match
-    from .train.command import Outcome, train
-
-    runtime = HydraConfig.get()
-    choices = {k: v for k, v in runtime.runtime.choices.items() if not k.startswith("hydra/") and v is not None}
-    overrides = list(runtime.overrides.task)
-    search = [source.path for source in runtime.runtime.config_sources if source.provider == "command-line"]
-    outcomes: list[Outcome] = []
-
-    def job() -> int:
-        given = config.resolved(cfg, choices, overrides)
-        outcomes.append(train(match.one(given, search), overrides))
-        return outcomes[0].exit_code
-
-    code = _guarded(job)
-    if code == 130:
-        raise SystemExit(130)  # no Exception, so that Hydra stops the sweep
-    if code:
-        raise JobFailed
-    return outcomes[0].record["metrics"]["test_acc"]
 
 
 def _bench(words: Words) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .schema import (
     GROUPS,
+    LAUNCHERS,
     PLAIN,
     UsageError,
     check,
@@ -219,6 +220,8 @@ def _check_word(o: Any) -> None:
         raise UsageError(f"{name} is there already; write {name}={shown} without a plus sign")
     choices = o.value() if name == "penalty" and isinstance(o.value(), list) else [o.value()]
     for choice in choices:
+        if name == "hydra/launcher" and choice in LAUNCHERS and LAUNCHERS[choice].plugin not in options:
+            raise UsageError(LAUNCHERS[choice].missing)
         if choice not in options:
             word = choice if isinstance(choice, str) else shown
             more = f" (implicit-bench list {plural(name)})" if name in GROUPS else ""
@@ -232,9 +235,8 @@ def _options(group: str) -> list[str]:
     if "." in group or "@" in group:
         return []
     loader = GlobalHydra.instance().config_loader()
-    below = [
-        f"{sub}/{name}" for sub in loader.list_groups(group) for name in loader.get_group_options(f"{group}/{sub}")
-    ]
+    below = [f"{sub}/{name}" for sub in loader.list_groups(group)
+             for name in loader.get_group_options(f"{group}/{sub}")]  # fmt: skip
     return [name.removesuffix(".yaml") for name in [*loader.get_group_options(group), *below]]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from . import machine
+from .machine import cores
 
 
 def _commit() -> str | None:
@@ -33,7 +34,8 @@ class Device:
     """The gpu group: where and in which precision a run computes.
 
     device: auto is CUDA where there is a GPU. dtype: float32 and float64 are the dtype of everything; bfloat16 is
-    autocast over float32 weights (norms and residuals stay float32). threads: CPU threads, None = all cores.
+    autocast over float32 weights (norms and residuals stay float32). threads: CPU threads, None = all cores
+    that this process may run on.
     channels_last: None is yes on a CPU, where it measures fastest, if the network's flat states have that layout too.
     """
 
@@ -46,10 +48,10 @@ class Device:
         if threads is not None and threads < 1:
             raise ValueError(f"gpu.threads={threads} must be at least 1")
         if threads is not None and threads > 1024:  # torch dies of very many
-            raise ValueError(f"gpu.threads={threads} is too many; null is one for each of the {os.cpu_count()} cores")
+            raise ValueError(f"gpu.threads={threads} is too many; null is one for each of the {cores()} cores")
         kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.torch = torch.device(kind)
-        self.threads = threads or os.cpu_count() or 1
+        self.threads = threads or cores()
         self.dtype = getattr(torch, dtype)
         self.channels_last, self.compile, self.deterministic = channels_last, compile, deterministic
         self.wants_policy = allocator == "tuned" and kind == "cpu"
@@ -64,6 +66,8 @@ class Device:
         """Apply the settings to this process; returns the allocator's policy, for the record."""
         policy = machine.set_allocator_policy() if self.wants_policy else "default"
         torch.set_num_threads(self.threads)
+        if self.torch.type == "cuda":
+            machine.take_gpu()
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)

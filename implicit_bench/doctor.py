@@ -169,9 +169,10 @@ def _cgroup(name: str) -> Iterator[str]:
 
 def cores() -> tuple[float, str]:
     """The cores that this process may use, and what limits them."""
+    from . import machine
+
     limits = {"": float(os.cpu_count() or 1)}
-    if hasattr(os, "sched_getaffinity"):
-        limits["its affinity"] = float(len(os.sched_getaffinity(0)))
+    limits["its affinity"] = float(machine.cores())
     for quota, period in (text.split() for text in _cgroup("cpu.max")):
         if quota != "max":
             here = float(quota) / float(period)
@@ -183,13 +184,15 @@ def cores() -> tuple[float, str]:
 def _cores(*_: Path) -> Iterator[Finding]:
     import torch
 
-    (usable, why), count = cores(), os.cpu_count() or 1
+    from . import machine
+
+    (usable, why), begun = cores(), machine.cores()
     threads = max(1, int(usable))
-    yield _found("cores", f"{usable:g} of {count}" + f", by {why}" * bool(why),
-                 f"give commands gpu.threads={threads}, for they start {count} otherwise", bool(why))  # fmt: skip
+    yield _found("cores", f"{usable:g} of {os.cpu_count() or 1}" + f", by {why}" * bool(why),
+                 f"give commands gpu.threads={threads}, for they start {begun} otherwise", threads < begun)  # fmt: skip
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     low = [name for name in names if (v := os.environ.get(name, "")).isdigit() and int(v) < threads]
-    text = f"torch by itself would use {torch.get_num_threads()}; train and bench use gpu.threads, else {count}"
+    text = f"torch by itself would use {torch.get_num_threads()}; train and bench use gpu.threads, else {begun}"
     yield _found("threads", "; ".join([text, *(f"{name}={os.environ[name]}" for name in low)]),
                  f"unset {' and '.join(low)}, to let scripts of your own use every core", bool(low))  # fmt: skip
 

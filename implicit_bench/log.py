@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import json
 import os
@@ -164,6 +165,9 @@ class Wandb(Sink):
                     self._mark(identity)
         except Exception as error:
             self._off(f"failed at the end ({_line(error)})")
+        if self.problem and (wandb := sys.modules.get("wandb")):
+            with contextlib.suppress(Exception):  # else its own hook does it at exit, aloud where its service is dead
+                wandb.teardown(job)
 
     def _open(self, mode: str, identity: dict[str, Any]) -> None:
         import wandb

@@ -10,8 +10,9 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ def set_allocator_policy(top_pad: bool = True) -> str:
         return f"default: {type(error).__name__}"
 
 
+def cores() -> int:
+    """Those that this process may run on: a queue, or a container, may have given it a few."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def fingerprint() -> dict[str, Any]:
     """What must be equal before two records' times are compared; `gpu` is None without one."""
     try:
@@ -63,7 +69,7 @@ def fingerprint() -> dict[str, Any]:
     names = [x.partition(":")[2].strip() for x in info.splitlines() if x.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "gpu": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -71,6 +77,46 @@ def fingerprint() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+_held: list[int] = []  # open files, each locked for as long as this process lives
+_gpu: int | None = None  # the one that this process has taken
+_shares_gpu = False
+
+
+def claim(names: Sequence[str], folder: Path) -> int | None:
+    """Which of these devices nobody else on this machine has claimed: it is ours for as long as this process lives,
+    however it ends. None: all are taken."""
+    for i, name in enumerate(names):
+        path = folder / f"implicit-bench-{name}.lock"
+        try:
+            import fcntl
+
+            if not path.exists():
+                os.close(os.open(path, os.O_CREAT, 0o644))
+            handle = os.open(path, os.O_RDONLY)
+        except (ImportError, OSError):  # no such locks here
+            return 0
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            continue
+        _held.append(handle)
+        return i
+    return None
+
+
+def take_gpu() -> int:
+    """Make the current GPU, once a process, one that no other run on this machine has; where each has one, the first,
+    and no run of this process counts as alone."""
+    global _gpu, _shares_gpu
+    if _gpu is None:
+        every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        mine = claim([str(getattr(gpu, "uuid", i)) for i, gpu in enumerate(every)], Path(tempfile.gettempdir()))
+        _gpu, _shares_gpu = mine or 0, mine is None
+        torch.cuda.set_device(_gpu)
+    return _gpu
 
 
 class Alone:
@@ -105,7 +151,9 @@ class Alone:
         return None if cores < -0.1 else max(0.0, cores)  # we used more than everyone: a /proc/stat that does not count
 
     def read(self) -> bool | None:
-        """True when others used under a tenth of one core; None where that cannot be told."""
+        """True when others used under a tenth of one core, and none of ours the GPU; None where that cannot be told."""
+        if _shares_gpu:
+            return False
         cores = self.others_cores()
         return None if cores is None else cores < 0.1
 

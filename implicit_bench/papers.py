@@ -79,6 +79,32 @@ def rows(words: Sequence[str], search: Sequence[str] = ()) -> tuple[Table, dict[
 
     Hydra sees neither table= nor rows=: they say which jobs there are, and nothing of any one.
     """
+    asked = _asked(words, search)
+    if asked is None:
+        return None
+    found, chosen, own = asked
+    if lists := [o.input_line for o in own.values() if o.is_sweep_override()]:
+        raise UsageError(f"{lists[0]!r} lists values, but a table has its rows already; give one value, or leave "
+                         f"table={found.name} out")  # fmt: skip
+    gpu = own.get("gpu")
+    return found, found.jobs(chosen, [o.input_line for o in own.values()], _on_cpu(gpu and str(gpu.value())))
+
+
+def sweep(words: Sequence[str], search: Sequence[str] = ()) -> list[list[str]] | None:
+    """The words of each training of a multirun over a table's rows, once for all that other words list; None without
+    a table. Raises UsageError."""
+    from . import config
+
+    asked = _asked(words, search)
+    if asked is None:
+        return None
+    found, chosen, own = asked
+    lists = [o.input_line for key, o in own.items() if not key.startswith("hydra")]
+    return [job for each in config.expand(lists, search) for job in found.jobs(chosen, each, cpu=False).values()]
+
+
+def _asked(words: Sequence[str], search: Sequence[str]) -> tuple[Table, list[str], dict[str, Any]] | None:
+    """The table of a command line, the rows chosen and its other words, parsed, by their keys."""
     from . import config
 
     said = {o.key_or_group: o for o in config.parse(words)}
@@ -86,13 +112,8 @@ def rows(words: Sequence[str], search: Sequence[str] = ()) -> tuple[Table, dict[
         if "rows" in said:
             raise UsageError("rows= chooses among the rows of a table; add table=cdeq_cifar10_small or the like")
         return None
-    if lists := [o.input_line for o in said.values() if o.is_sweep_override()]:
-        raise UsageError(f"{lists[0]!r} lists values, but a table has its rows already; give one value, or leave "
-                         f"{said['table'].input_line} out")  # fmt: skip
-    gpu, chosen = said.get("gpu"), said["rows"].value() if "rows" in said else []
-    found = table(str(said["table"].value()), tuple(search))
-    own = [o.input_line for key, o in said.items() if key not in ("table", "rows")]
-    return found, found.jobs([str(name) for name in chosen], own, _on_cpu(gpu and str(gpu.value())))
+    chosen = said.pop("rows").value() if "rows" in said else []
+    return table(str(said.pop("table").value()), tuple(search)), [str(name) for name in chosen], said
 
 
 def _on_cpu(gpu: str | None) -> bool:

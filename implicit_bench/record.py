@@ -159,7 +159,9 @@ def pick(dirs: Sequence[Path], text: str) -> Path:
 
 def lookup(runs_dir: str | Path, run_id: str) -> Path | None:
     """The folder that holds this run, whatever labels its name carries: a finished one first, then the latest."""
-    fits = {path: _peek(path) for path, id in _ids(Path(runs_dir)).items() if id == run_id and path.is_dir()}
+    named = {path: _ID.search(path.name) for path in _folders(Path(runs_dir))}
+    fits = {path: _peek(path) for path, id in named.items() if not id or id[1] == run_id}  # few, of a thousand
+    fits = {path: rec for path, rec in fits.items() if named[path] or rec.get("run_id") == run_id}
     return max(fits, key=lambda path: (fits[path].get("status") == "done", started(fits[path], path)), default=None)
 
 
@@ -168,16 +170,21 @@ def name_of(path: Path) -> str:
     return path.name.removesuffix(".record.json")
 
 
-def _ids(runs_dir: Path) -> dict[Path, str]:
+_ID = re.compile(r"-([0-9a-f]{10})$")
+
+
+def _folders(top: Path) -> list[Path]:
+    every = sorted(top.iterdir()) if top.is_dir() else []
+    return [path for path in every if not path.name.startswith((".", "attempt-")) and path.is_dir()]
+
+
+def _ids(top: Path) -> dict[Path, str]:
     """Every run with its id: the end of its name, else (a folder someone renamed) what its record says."""
-    ids = {}
-    folders = [path for path in sorted(runs_dir.iterdir()) if path.is_dir()] if runs_dir.is_dir() else []
-    for path in (*folders, *sorted(runs_dir.glob("*.record.json")), *sorted(runs_dir.glob("*/*.record.json"))):
-        if not path.name.startswith((".", "attempt-")):
-            match = re.search(r"-([0-9a-f]{10})$", name_of(path))
-            if id := match.group(1) if match else _peek(path).get("run_id"):
-                ids[path] = id
-    return ids
+    files = [*sorted(top.glob("*.record.json")), *sorted(top.glob("*/*.record.json"))]
+    files = [path for path in files if not path.name.startswith((".", "attempt-"))]
+    named = {path: _ID.search(name_of(path)) for path in (*_folders(top), *files)}
+    ids = {path: id[1] if id else _peek(path).get("run_id") for path, id in named.items()}
+    return {path: id for path, id in ids.items() if id}
 
 
 def _peek(folder: Path) -> dict[str, Any]:
@@ -244,6 +251,8 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as problem:  # which knows no name where it is the writing that fails
+        raise OSError(problem.errno, problem.strerror or str(problem), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -301,50 +310,3 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, (int, float)):
             found[metric.key] = value
     return found
-
-
-class Jsonl:
-    """Append-only rows, one JSON object a line, with the system when `append` returns: a killed process loses none.
-
-    `offset()` goes into a checkpoint and syncs to disk first, so a checkpoint never counts rows that a power cut took.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
-        self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # drops a line that SIGKILL cut short
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        line = memoryview(json.dumps(plain(row), allow_nan=False).encode() + b"\n")
-        start = os.fstat(self._file.fileno()).st_size
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError:  # disk full: the next row must not continue half a line
-            self._file.truncate(start)
-            raise
-
-    def offset(self) -> int:
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
-
-    def truncate(self, offset: int) -> None:
-        """Drop the rows after a checkpoint's offset."""
-        content = self.path.read_bytes()
-        if not 0 <= offset <= len(content) or (offset and content[offset - 1 : offset] != b"\n"):
-            raise RecordError(f"{self.path} is not the checkpoint's (no row ends at byte {offset}); start afresh")
-        self._file.truncate(offset)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics file; none if there is no file, and without a last line that is still being written."""
-    content = Path(path).read_bytes() if Path(path).exists() else b""
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            raise RecordError(f"{path} line {number} is no valid JSON; delete that line") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import lock, log, record, schema
+from .jsonl import read_jsonl
 from .record import METRICS, RecordError, flat
 from .report import tables
 from .schema import UsageError, nearest, no_key
@@ -47,7 +48,7 @@ class Run:
         """metrics.jsonl, a row each log_steps steps and each epoch."""
         import pandas
 
-        return pandas.DataFrame(list(record.read_jsonl(self.folder / "metrics.jsonl")))
+        return pandas.DataFrame(list(read_jsonl(self.folder / "metrics.jsonl")))
 
     @cached_property
     def model(self) -> Classifier:

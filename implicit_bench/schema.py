@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 COMPONENTS = ("network", "init", "solver", "stop", "adjoint", "recipe", "gpu", "logger", "dataset")
 LABELS = ("model", "protocol", "experiment", "tune", "length")  # what they say is resolved into the rest
@@ -45,6 +45,22 @@ def config_dir() -> Path:
         if (folder / "train.yaml").is_file():
             return folder
     raise UsageError(f"no configs beside {here}: the installation is incomplete, install implicit-bench again")
+
+
+class Launcher(NamedTuple):
+    """What runs the jobs of a sweep elsewhere, of a package that not everybody has."""
+
+    extra: str
+    plugin: str  # the file of hydra/launcher that its package brings
+
+    @property
+    def missing(self) -> str:
+        return f"hydra/launcher={self.plugin} needs an extra: pip install 'implicit-bench[{self.extra}]'"
+
+
+LAUNCHERS = {"joblib": Launcher("joblib", "joblib"), "submitit_local": Launcher("submitit", "submitit_local"),
+             "submitit_slurm": Launcher("submitit", "submitit_slurm"), "slurm": Launcher("submitit", "submitit_slurm"),
+             "ray": Launcher("ray", "ray")}  # fmt: skip
 
 
 def files(group: str, search: Sequence[str | Path] = ()) -> dict[str, Path]:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .jsonl import read_jsonl
 from .lock import RunLock, RunLocked
 from .log import Sink, Wandb, leave
 from .mirror import content, key_source, marker, run_name, sweep
-from .record import RecordError, pick, read_jsonl, read_record, scalars
+from .record import RecordError, pick, read_record, scalars
 from .terminal import say
 
 EXIT = {"done": 0, "failed": 1, "interrupted": 130}

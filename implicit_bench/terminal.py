@@ -15,6 +15,7 @@ INDENT = " " * 8
 FORMATS = ("text", "md", "csv", "json")
 TEX = (*FORMATS, "tex")  # of `table`
 QUIET = "IMPLICIT_BENCH_QUIET"  # in the environment, so that a launcher's workers are quiet too
+ONE_BAR = "IMPLICIT_BENCH_BAR"  # in the environment: the process whose bar is the only one, of a sweep's many
 format = "text"  # of the tables on standard output; any other than text has it to itself
 
 
@@ -126,11 +127,11 @@ class Without:
 class Bar:
     """A progress bar with time left on a terminal; nothing elsewhere. Lines printed through it stay above it."""
 
-    def __init__(self, total: int, unit: str, done: int = 0):
+    def __init__(self, total: int | None, unit: str, done: int = 0):
         self._progress: Any = None
         self._next = 0.0
         self._quiet = bool(os.environ.get(QUIET))
-        if sys.stderr.isatty() and not self._quiet:
+        if sys.stderr.isatty() and not self._quiet and os.environ.get(ONE_BAR) in (None, str(os.getpid())):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

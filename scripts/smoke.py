@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from implicit_bench import config, record
+from implicit_bench import config
+from implicit_bench.jsonl import read_jsonl
 from implicit_bench.report import tables
 from implicit_bench.terminal import duration, number, say
 from implicit_bench.train.command import train
@@ -23,7 +24,7 @@ FALLEN = 0.9
 
 def fifths(folder: Path) -> tuple[float, float]:
     """Mean loss of the first and the last fifth, of rows that are means since the epoch began."""
-    means = {row["step"]: row["metrics.train_loss"] for row in record.read_jsonl(folder / "metrics.jsonl")}
+    means = {row["step"]: row["metrics.train_loss"] for row in read_jsonl(folder / "metrics.jsonl")}
     last = max(means)
     fifth = last // 5
     return means[fifth], (last * means[last] - (last - fifth) * means[last - fifth]) / fifth

@@ -289,9 +289,15 @@ def test_a_sweep_runs_each_job_here_and_skips_finished_ones(tmp_path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     assert main(words) == 0
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"note    no comparison: deq-\S+, skip_deq-\S+ were not alone on .* force=true\n", err)
+    begun = r"sweep   job 1 of 2\nsweep   job 2 of 2 · 1 skipped\n"
+    note = r"note    no comparison: deq-\S+, skip_deq-\S+ were not alone on .* force=true\n"
+    assert re.fullmatch(begun + note, err)
     done = {name: f"{rec['metrics']['test_acc']:.3f}; force=true trains it again" for name, rec in found.items()}
-    assert out.splitlines() == [f"train   {name} is done: test accuracy {text}" for name, text in done.items()]
+    lines = out.splitlines()
+    assert lines[:2] == [f"train   {name} is done: test accuracy {text}" for name, text in done.items()]
+    assert [line.split()[:3] for line in lines[3:5]] == [
+        ["1", "model=deq", "skipped"], ["2", "model=skip_deq", "skipped"]]  # fmt: skip
+    assert re.fullmatch(r"sweep   2 jobs: 2 skipped · \S+ s", lines[5])
     assert {path: stamp for path, stamp in stamps(tmp_path).items() if path.name != "multirun.yaml"} == before
 
 
@@ -314,7 +320,7 @@ def test_a_job_that_fails_stops_no_other_and_the_exit_code_is_3(axis, said, tmp_
     assert statuses.count("failed") == ("lr" in axis)
 
 
-def test_an_interrupt_stops_the_whole_sweep(tmp_path, monkeypatch):
+def test_an_interrupt_stops_the_whole_sweep(tmp_path, monkeypatch, capsys):
     from implicit_bench.train import command as train_command
 
     monkeypatch.chdir(tmp_path)
@@ -322,11 +328,12 @@ def test_an_interrupt_stops_the_whole_sweep(tmp_path, monkeypatch):
 
     def interrupted(job, words):
         seen.append(job.config["seed"])
-        return train_command.Outcome(130, tmp_path, {})
+        return train_command.Outcome(130, tmp_path, {"error": None, "metrics": {"test_acc": None}})
 
     monkeypatch.setattr(train_command, "train", interrupted)
     assert main(["train", "-m", "seed=0,1,2"]) == 130
     assert seen == [0]
+    assert "sweep   3 jobs: 1 interrupted, 2 not begun" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- one run: signals, repeats

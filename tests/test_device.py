@@ -10,7 +10,7 @@ from implicit_bench.models import Mdeq
 def test_settings_are_resolved_for_this_machine():
     found = Device().settings()
     assert found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert found["threads"] == os.cpu_count()
+    assert found["threads"] == len(os.sched_getaffinity(0))
     assert found["dtype"] == "float32"
     assert Device("cpu", threads=1, allocator="default").settings()["allocator"] == "default"
 

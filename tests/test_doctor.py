@@ -239,6 +239,11 @@ def test_too_many_threads_for_the_cores_have_a_remedy(host, tmp_path):
     assert found.remedy == "give commands gpu.threads=2, for they start 8 otherwise"
 
 
+def test_few_cores_by_affinity_need_no_remedy(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2})
+    assert look("cores", tmp_path)["cores"] == ("cores", "ok", "2 of 8, by its affinity", "")
+
+
 @pytest.mark.parametrize(("value", "state"), [("2", "warn"), ("8", "ok"), ("many", "ok")])
 def test_a_variable_that_holds_threads_back_is_named(host, tmp_path, monkeypatch, value, state):
     monkeypatch.setenv("OMP_NUM_THREADS", value)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "implicit_bench"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports point down this list. A part may import what is named beside it, itself, and nothing else of ours.
-WORLD = {"clock", "machine", "config", "data", "device", "lock", "log", "mirror", "record", "sync", "terminal"}
+WORLD = {"clock", "machine", "config", "data", "device", "jsonl", "lock", "log", "mirror", "record", "sync", "terminal"}
 OURS = {
     "core": set(),
     "solvers": {"core"},
@@ -23,12 +23,13 @@ OURS = {
     "data": {"terminal"},
     "lock": set(),
     "record": set(),
+    "jsonl": {"record"},
     "mirror": set(),
     "log": {"mirror", "record"},
-    "sync": {"lock", "log", "mirror", "record", "terminal"},
+    "sync": {"jsonl", "lock", "log", "mirror", "record", "terminal"},
     "doctor": {"config", "schema", "data", "machine", "mirror", "report", "terminal"},
     "report": {"record", "terminal"},
-    "runs": {"config", "device", "lock", "log", "models", "record", "report", "schema", "terminal", "train"},
+    "runs": {"config", "device", "jsonl", "lock", "log", "models", "record", "report", "schema", "terminal", "train"},
     "evaluation": {"core", "models", "report", "runs", "schema", "train", *WORLD},
     "words": {"schema"},
     "listing": {"config", "report", "schema", "terminal", "words"},
@@ -40,17 +41,20 @@ OURS = {
     "config": {"schema", "models"},
     "terminal": set(),
     "help": set(),
-    "compare": {"bench", "config", "lock", "log", "match", "mirror", "record", "report", "runs", "schema", "sync",
-                "terminal", "words"},
-    "table": {"__init__", "bench", "compare", "config", "lock", "log", "machine", "papers", "record", "report", "runs",
-              "schema", "sync", "terminal", "train", "words"},
+    "compare": {"bench", "config", "jsonl", "lock", "log", "match", "mirror", "record", "report", "runs", "schema",
+                "sync", "terminal", "words"},
+    "table": {"__init__", "bench", "compare", "config", "jsonl", "lock", "log", "machine", "match", "papers", "record",
+              "report", "runs", "schema", "sweep", "sync", "terminal", "train", "words"},
+    "guard": {"help", "lock", "schema"},
+    "handover": {"help", "schema", "terminal", "words"},
+    "sweep": {"compare", "guard", "handover", "help", "match", "papers", "report", "schema", "train", "words", *WORLD},
     "testing": {"core", "solvers", "adjoints", "models"},
     "check": {"config", "report", "schema", "terminal", "testing"},
     "train": {"core", "adjoints", "models", *WORLD},
     "bench": {"core", "solvers", "adjoints", "models", "papers", "train", "report", "runs", "words", *WORLD},
-    "cli": {"__init__", "config", "schema", "help", "data", "terminal", "check", "train", "bench", "words", "match",
-            "compare", "report", "runs", "evaluation", "plan", "complete", "lock", "papers", "sync", "doctor",
-            "listing", "table"},
+    "cli": {"__init__", "config", "schema", "guard", "handover", "help", "data", "terminal", "check", "train", "bench",
+            "words", "match", "compare", "report", "runs", "evaluation", "plan", "complete", "papers", "sweep", "sync",
+            "doctor", "listing", "table"},
     "__main__": {"cli"},
     "__init__": {"core", "models"},
 }
@@ -81,7 +85,8 @@ THEIRS = {
     "train": {"torch"},
     "bench": {"torch", "torchdeq"},
     "table": {"jinja2"},
-    "cli": {"hydra"},
+    "handover": {"hydra"},
+    "sweep": {"hydra"},
 }
 
 
@@ -162,7 +167,7 @@ def test_imports_from_outside_are_those_of_the_design():
     wrong = [f"{i.file}:{i.line} imports {i.name}" for i in outside if i.name not in THEIRS.get(i.part, set())]
     assert not wrong
     by_name = {name: {i.part for i in outside if i.name == name} for name in ("hydra", "omegaconf", "wandb")}
-    assert by_name == {"hydra": {"cli", "config"}, "omegaconf": {"config"}, "wandb": {"log"}}
+    assert by_name == {"hydra": {"config", "handover", "sweep"}, "omegaconf": {"config"}, "wandb": {"log"}}
     assert "record" not in THEIRS  # standard library only
     assert "lock" not in THEIRS
 

@@ -109,7 +109,7 @@ def test_a_multirun_and_an_edit(folder):
 
 @pytest.mark.skipif(
     not list(metadata.distributions(name="hydra-joblib-launcher")),
-    reason="hydra-joblib-launcher is not installed: pip install 'implicit-bench[parallel]'",
+    reason="hydra-joblib-launcher is not installed: pip install 'implicit-bench[joblib]'",
 )
 def test_a_multirun_in_the_processes_of_a_launcher(folder):
     out = call(folder, "train", "-m", *ALL, *QUICK, "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from implicit_bench import record
-from implicit_bench.record import Jsonl, RecordError, read_jsonl, read_record, run_id, write_record
+from implicit_bench.jsonl import Jsonl, read_jsonl
+from implicit_bench.record import RecordError, read_record, run_id, write_record
 
 CONFIG = {
     "model": {"name": "deq"},

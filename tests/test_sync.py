@@ -14,6 +14,7 @@ from test_log import record as new
 
 from implicit_bench import mirror, record
 from implicit_bench import sync as module
+from implicit_bench.jsonl import Jsonl
 from implicit_bench.log import Wandb, leave
 from implicit_bench.sync import named, send, sync
 
@@ -110,7 +111,7 @@ def stored(tmp_path, command="train", status="done", rows=3, **fields):
     rec["metrics"]["val_acc"] = 0.75
     folder = tmp_path / "runs" / f"{command}-digits-{rec['run_id']}"
     record.write_record(folder, rec)
-    log = record.Jsonl(folder / "metrics.jsonl")
+    log = Jsonl(folder / "metrics.jsonl")
     for step in range(rows):
         log.append({"step": step, "metrics.train_loss": 1 / (step + 1)})
     log.close()

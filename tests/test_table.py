@@ -242,6 +242,22 @@ def test_what_is_missing_is_run_once_and_shown(here, capsys, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in here.glob("runs/*/record.json")} == before
 
 
+def test_rows_are_timed_here_beside_one_that_another_machine_has_timed(here, capsys, brisk):
+    words = ["table=mine", "--config-dir=own", "recipe.max_steps=2", "logger=none", "seeds=0"]
+    bench(here, [], rows=[timed("deq", 5.0), timed("cdeq", 5.0)], hardware="another box")
+    run = [*words, "columns=test_acc,train_s", "run_missing=true", "time=20s"]
+    assert main(["table", *run, "rows=cdeq", "format=csv"]) == 0
+    lines = [*csv.DictReader(io.StringIO(capsys.readouterr().out))]
+    assert [line["machine"] == "another box, 1 thread" for line in lines if line["train_s"]].count(False) == 1
+    made = [rec for path in here.glob("runs/*/record.json")
+            if (rec := record.read_record(path))["command"] == "bench" and rec["environment"]["threads"] == 1
+            and rec["environment"]["hardware"] != "another box"]  # fmt: skip
+    assert [row["label"] for row in made[0]["rows"]] == ["deq", "cdeq"]  # the reference once more
+    assert main(["table", *run, "rows=cdeq"]) == 0  # and that is that
+    again = list(here.glob("runs/bench-*/*record.json"))
+    assert len(again) == 2
+
+
 def test_published_records_fill_the_table_without_the_runs(here, capsys):
     path = put(here, "deq", 0)
     run = Run(path.name, record.read_record(path), "done", path)

@@ -15,12 +15,14 @@ from typing import Any
 
 from .. import clock, config, machine, record
 from ..device import Device
+from ..jsonl import Jsonl
 from ..lock import RunLock
 from ..log import Sink
 from ..sync import replay
 from ..terminal import Bar, duration, progress, say
 from ..train import Interrupted
 from . import memory, peers, show
+from .arithmetic import arithmetic_ms
 from .ratios import Prices, Stage, comparisons
 from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round, warm_steps
 from .trained import lacks, put, trained, where
@@ -93,7 +95,7 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
         sink.start(rec, folder)
         sink.wait(30)  # nothing else may run while the clock does
         try:
-            with contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl:
+            with contextlib.closing(Jsonl(folder / "metrics.jsonl")) as jsonl:
                 timing = Timing(rows, first["at"] or [None], rounds, budget, jsonl)
                 return _run(timing, rec, folder, sink, began)
         except BaseException as error:
@@ -144,7 +146,7 @@ class Timing:
     at: list[int | None]  # steps; [None]: as they train from the first step on
     rounds: int
     budget: float | None  # s of rounds, for all points; wins over rounds
-    jsonl: record.Jsonl
+    jsonl: Jsonl
     failed: Failed = field(default_factory=dict)
 
     def stages(self, environment: dict[str, Any]) -> list[Stage]:
@@ -234,8 +236,11 @@ class Timing:
         self.failed |= samples.failed
         if not samples.interrupted:
             prices.read()
-        figures = [row.figures(samples.rows[row.label], prices.of(row), peaks.get((at, row.label), memory.NOTHING))
-                   for row in rows if row.label in samples.rows and samples.rounds]  # fmt: skip
+        figures = []
+        for row in [row for row in rows if row.label in samples.rows and samples.rounds]:
+            price, own_ms = prices.of(row)
+            peak = peaks.get((at, row.label), memory.NOTHING)
+            figures.append(row.figures(samples.rows[row.label], price, peak, own_ms))
         warm = {row.label: row.warm for row in rows if row.warm}
         found = comparisons(figures, rows[0].job.table) if len(figures) > 1 else []
         return Stage(at, figures, found, samples.rounds, samples.seconds, samples.interrupted, k,
@@ -244,21 +249,27 @@ class Timing:
 
 
 class Readings:
-    """Unit costs, read before, between and after the rounds, once for all rows of one cell: the machine's drift is in
-    them as it is in the rounds."""
+    """Unit costs, once for all rows of one cell, and each row's own arithmetic, read before, between and after the
+    rounds: the machine's drift is in them as it is in the rounds."""
 
     def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
         self.cells: list[Row] = []  # the first row of each
         for row in rows:
             if not any(row.cell == other.cell for other in self.cells):
                 self.cells.append(row)
                 row.solution = None  # that of other weights
         self.found: list[list[Prices]] = []
+        self.own: dict[str, list[float]] = {row.label: [] for row in rows}
         self.read()
 
     def read(self) -> None:
         began = time.perf_counter()
         self.found.append([row.prices() for row in self.cells])
+        for row in self.rows:
+            with contextlib.suppress(Exception):  # a row that fails does so in its rounds, where it is told
+                if (ms := arithmetic_ms(row)) is not None:
+                    self.own[row.label].append(ms)
         self.ended = time.perf_counter()
         self.cost = self.ended - began
 
@@ -266,7 +277,9 @@ class Readings:
         """Reading takes a twentieth of the time at most."""
         return time.perf_counter() - self.ended > 20 * self.cost
 
-    def of(self, row: Row) -> Prices:
+    def of(self, row: Row) -> tuple[Prices, float | None]:
         """The medians."""
         i = next(i for i, other in enumerate(self.cells) if other.cell == row.cell)
-        return Prices(*map(statistics.median, zip(*(reading[i] for reading in self.found))))
+        own = self.own[row.label]
+        return (Prices(*map(statistics.median, zip(*(reading[i] for reading in self.found)))),
+                statistics.median(own) if own else None)  # fmt: skip

@@ -57,11 +57,12 @@ class Row:
         return sum(self.model.parameter_counts().values())
 
     def figures(self, times: Mapping[str, Sequence[float]], price: Prices,
-                memory: Mapping[str, float | None]) -> Figures:  # fmt: skip
+                memory: Mapping[str, float | None], own_ms: float | None = None) -> Figures:  # fmt: skip
         residual = isinstance(self.model.layer.stop, Residual)
         return Figures(self.label, self.job.label or self.name, self.name, times, self.tally.means(), price,
                        self.parameters, self.job.config["solver"], type(self.model.layer.adjoint).__name__.lower(),
-                       residual, memory, self.flops, self.val_acc, self.val_n, self.peer_of, self.logits)  # fmt: skip
+                       residual, memory, self.flops, self.val_acc, self.val_n, self.peer_of, own_ms,
+                       self.logits)  # fmt: skip
 
     @cached_property
     def flops(self) -> int:

@@ -27,7 +27,7 @@ def row(f: Figures, at: int | None) -> dict[str, Any]:
     times = {f"{name}_ms": clock.summary(values) for name, values in f.times.items() if name != "nfe"}
     return {"label": f.label, "model": f.model, **({} if at is None else {"at": at}), "params": f.parameters,
             "solve": dict(f.means), "timing": times, "unit_ms": f.price._asdict(), "floor_ms": f.floor_ms,
-            "val_acc": f.val_acc, "memory": {f"{k}_mib": v for k, v in f.memory.items()},
+            "own_ms": f.own_ms, "val_acc": f.val_acc, "memory": {f"{k}_mib": v for k, v in f.memory.items()},
             "flops": {"step": f.flops}}  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import record
+from ..jsonl import Jsonl
 from ..lock import RunLock
 from ..terminal import progress
 from ..train import Fit, checkpoint, evaluate
@@ -47,7 +48,7 @@ def trained(row: Row, at: Sequence[int]) -> None:
         return
     folder, cfg = kept(row, 0).parent, row.job.config
     with (RunLock(folder), row.unchanged(), row.pretraining(),
-          contextlib.closing(record.Jsonl(folder / "metrics.jsonl")) as jsonl):  # fmt: skip
+          contextlib.closing(Jsonl(folder / "metrics.jsonl")) as jsonl):  # fmt: skip
         fit = Fit(row.model, row.step, row.data, row.step.recipe, row.device, cfg["seed"], folder, jsonl,
                   lambda values, step: None, **cfg["progress"])  # fmt: skip
         begun = checkpoint.load(folder, torch.device("cpu"), lambda line: None)

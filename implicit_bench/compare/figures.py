@@ -10,7 +10,8 @@ from statistics import fmean, geometric_mean, median_low, stdev
 from typing import Any
 
 from ..bench.claims import CLAIMS, Claim
-from ..record import CONVERGED_ENOUGH, read_jsonl
+from ..jsonl import read_jsonl
+from ..record import CONVERGED_ENOUGH
 from ..report.ratios import Line, too_wide, verdict
 from .rows import Row, Run
 

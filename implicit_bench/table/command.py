@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ from typing import Any
 from .. import config, log, machine, papers, record, terminal
 from ..bench.command import seconds
 from ..compare.rows import Run
+from ..jsonl import read_jsonl
 from ..lock import RunLocked
 from ..papers import Table
 from ..report import tables
@@ -34,8 +36,12 @@ KEYS = {"table": "claims", "records": "runs,results", "columns": "", "rows": "",
 def command(args: Sequence[str]) -> int:
     """`table table=NAME [key=value ...]`. Raises UsageError and RecordError before anything is written."""
     given, words = keyed(args, KEYS)
-    if words.flags or words.multirun or words.plan:
-        raise UsageError("table takes no flag but --config-dir; run_missing=true runs what is missing")
+    launch = words
+    words = words._replace(overrides=[word for word in words.overrides if not word.startswith("hydra")])
+    if words.flags or words.plan or (launch.overrides != words.overrides and not words.multirun):
+        raise UsageError("table takes no flag but --config-dir and, with run_missing=true, -m hydra/launcher=NAME")
+    if words.multirun and (given["run_missing"] != "true" or given["time"]):
+        raise UsageError("-m hands a table's missing runs to a launcher: it wants run_missing=true, and no time=")
     for key in ("run_missing", "publish"):
         if given[key] not in ("true", "false"):
             raise UsageError(f"{key}={given[key]!r} is not possible{nearest(given[key], ('true', 'false'))}")
@@ -54,8 +60,14 @@ def command(args: Sequence[str]) -> int:
         raise UsageError(f"seeds={given['seeds']} is not possible; write whole numbers, such as seeds=0,1")
     seeds = [*map(int, listed(given["seeds"]))]
     jobs = jobs_of(table, listed(given["rows"]), words, seeds) if table.kind == "cells" else {}
-    if given["run_missing"] == "true" and (code := run_missing(table, jobs, dirs, budget)):
-        return code
+    if given["run_missing"] == "true":
+        began = time.monotonic()
+        code = run_missing(table, jobs, dirs, budget, launch)
+        left = budget and budget - (time.monotonic() - began)
+        if not code and not launch.multirun and any(cells.COLUMNS[name].timed for name in columns):
+            code = time_missing(table, jobs, dirs, left, words)
+        if code:
+            return code
     which = [f"{key}={given[key]}" for key in ("table", "rows", "seeds") if given[key]]
     fill = shlex.join(["implicit-bench", "table", *which, *words.overrides, "run_missing=true"])
     grid = grid_of(table, jobs, cells.read(dirs), columns, words, fill)
@@ -148,9 +160,10 @@ def _measured(table: Table, everything: Sequence[Run],
 
 
 def run_missing(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]], dirs: Sequence[Path],
-                budget: float | None) -> int:  # fmt: skip
+                budget: float | None, launch: Words) -> int:  # fmt: skip
     """Train what has no finished record, a seed of every row before the next, until the time is over; what another
-    process is at is left to it. 0, or 3 when some failed."""
+    process is at is left to it. With -m by the launcher named. 0, or 3 when some failed."""
+    from ..sweep.command import run
     from ..train.command import train
 
     if table.kind != "cells":
@@ -159,8 +172,12 @@ def run_missing(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]],
             if run.record["command"] == "train" and run.state == "done"}  # fmt: skip
     todo = [(label, seed, job) for label, seeds in jobs.items() for seed, job in seeds.items()
             if record.cell_id(job.config) not in done]  # fmt: skip
+    todo.sort(key=lambda each: each[1])
+    if launch.multirun and todo:
+        runs = Path(todo[0][2].config["paths"]["runs"])
+        return 3 if run([job.overrides for _, _, job in todo], True, runs, launch) else 0
     began, failed = time.monotonic(), 0
-    for label, seed, job in sorted(todo, key=lambda each: each[1]):
+    for label, seed, job in todo:
         if budget is not None and time.monotonic() - began > budget:
             say("left", "the time is over; the same command goes on", err=True)
             break
@@ -174,6 +191,30 @@ def run_missing(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]],
             return 130
         failed += outcome.exit_code != 0
     return 3 if failed else 0
+
+
+def time_missing(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]], dirs: Sequence[Path],
+                 left: float | None, words: Words) -> int:  # fmt: skip
+    """Bench the rows that have not been timed on this machine, in the time left or ten minutes, beside a row that they
+    can be compared with: the table's first, even if another machine has timed it."""
+    from .. import match
+    from ..bench.command import bench
+
+    device = config.make(next(iter(next(iter(jobs.values())).values())).config["gpu"], "gpu")
+    here, everything, protocol = device.environment()["hardware"], cells.read(dirs), protocol_of(words)
+    untimed = [label for label in jobs if here not in cells.timed(everything, table.name, protocol, label)]
+    beside = next((label for label in table.chosen(None) if [label] != untimed), None)
+    if not untimed or beside is None or (left is not None and left < 1):
+        return 0
+    chosen = ",".join([beside, *(label for label in untimed if label != beside)])
+    asked = [f"table={table.name}", f"rows=[{chosen}]", f"time={left or 600:.0f}s", *words.overrides]
+    found = papers.rows(asked, words.search)
+    assert found is not None
+    rows = config.compose_all("bench", [*found[1].values()], words.search)
+    for job, label in zip(rows, found[1]):
+        job.table, job.label = found[0], label
+    with contextlib.redirect_stdout(sys.stderr):  # what was asked for is the table
+        return bench(match.matched(rows, words.search), asked)
 
 
 def show(grid: Grid) -> None:
@@ -226,7 +267,7 @@ def publish(runs: Any, results: Path) -> None:
         shutil.copyfile(source, folder / f"{run.name}.record.json")
         if (seen := run.folder / "eval/test.json").exists():
             shutil.copyfile(seen, folder / f"{run.name}.eval.json")
-        rows = [row for row in record.read_jsonl(run.folder / "metrics.jsonl") if "epoch" in row]
+        rows = [row for row in read_jsonl(run.folder / "metrics.jsonl") if "epoch" in row]
         if rows:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{run.name}.metrics.jsonl").write_text(text, encoding="utf-8")

@@ -35,11 +35,18 @@ def write(path: Path, content: dict[str, Any], before: Callable[[], None] = lamb
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError:  # torch does not say what the system said: ask it again
+                file.write(bytes(2**16))
+                file.flush()
+                raise
             file.flush()
             os.fsync(file.fileno())
         before()
         os.replace(temporary, path)
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror or str(problem), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,12 +17,14 @@ from .. import clock, config, machine, record
 from ..core import Status
 from ..data import Data, DataError
 from ..device import Device
+from ..jsonl import Jsonl
 from ..lock import RunLock
 from ..log import Sink
 from ..mirror import sweep
 from ..sync import replay
 from ..terminal import duration, progress, say, share
 from . import CheckpointError, Fit, Interrupted, NonFinite, Step, accuracy_within, budgets, count_flops, evaluate
+from .signals import sigterm_as_ctrl_c
 
 SAVED = ("last.pt", "previous.pt")
 
@@ -34,6 +34,7 @@ class Outcome:
     exit_code: int  # 0 done or skipped, 1 failed, 130 interrupted
     folder: Path
     record: dict[str, Any]
+    skipped: bool = False
 
 
 def note(text: str) -> None:
@@ -63,7 +64,7 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
     except ValueError as mistake:
         raise config.UsageError(str(mistake)) from None
     record.writable("paths.runs", runs)
-    with RunLock(folder), _sigterm_as_ctrl_c():
+    with RunLock(folder), sigterm_as_ctrl_c():
         if done := _finished(folder, cfg):
             return done
         rec = _begin(job, cfg, folder)
@@ -85,20 +86,7 @@ def _finished(folder: Path, cfg: dict[str, Any]) -> Outcome | None:
         sink.start(before, folder)
         replay(sink, before, folder)
         sink.finish(0)
-    return Outcome(0, folder, before)
-
-
-@contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Outside the loop, which finishes its step, SIGTERM ends a run as Ctrl-C does: with a record that says so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return Outcome(0, folder, before, skipped=True)
 
 
 def _begin(job: config.Composed, cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -130,7 +118,7 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
         rec["params"] = {"total": sum(counts.values()), "by_part": counts}
         rec["data"] = data.facts()
         step = Step(model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
-        jsonl = files.enter_context(contextlib.closing(record.Jsonl(folder / "metrics.jsonl")))
+        jsonl = files.enter_context(contextlib.closing(Jsonl(folder / "metrics.jsonl")))
         fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"],
                   before_table=sink.hold)  # fmt: skip
         resumed = fit.resume(note)

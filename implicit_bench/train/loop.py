@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import get_terminal_size
@@ -13,41 +11,17 @@ from typing import Any
 from ..clock import StepTimer, summary
 from ..data import Data
 from ..device import Device
+from ..jsonl import Jsonl
 from ..models import Classifier
-from ..record import Jsonl
 from ..terminal import Bar, duration, number, share
 from . import checkpoint
 from .evaluate import evaluate
 from .recipe import Recipe
+from .signals import Interrupted, finishing_on_signals
 from .step import Step, Tally
 
 KEPT_TIMES = 5000  # the latest steps' times, in the checkpoint too
 COLD_STEPS = 10  # first steps, left out of the figures
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM: the step was finished and the state saved."""
-
-
-@contextmanager
-def finishing_on_signals() -> Iterator[Callable[[], bool]]:
-    """Within, SIGINT and SIGTERM only set a flag that the loop asks for; a second SIGINT acts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def note(signum: int, frame: Any) -> None:
-        if asked.is_set() and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 @dataclass

@@ -79,6 +79,15 @@ def test_a_recorded_call_and_a_vjp_to_the_parameters_have_prices_of_their_own():
     assert e["other_ms"] == pytest.approx(25.0 - 7.45 - 6.9)
 
 
+def test_what_the_solvers_do_themselves_is_a_part_where_both_rows_were_measured():
+    own = replace(NODE, own_ms=1.5), replace(CDEQ, own_ms=0.5)
+    (r1, *_) = comparisons(own)
+    assert r1.explained()["own_ms"] == pytest.approx(1.0)
+    assert r1.explained()["other_ms"] == pytest.approx(-1.0)
+    assert r1.why().endswith("20.0 fewer VJPs (40%), the solvers' own arithmetic (10%), other (-10%)")
+    assert "own_ms" not in comparisons([NODE, own[1]])[0].explained()
+
+
 def test_what_speaks_against_a_comparison_stands_beside_it():
     stuck = row("cdeq", 5.0, converged=0.9, solver={"rtol": 1e-2})
     (r1, *_) = comparisons([NODE, stuck])

@@ -1,9 +1,12 @@
+import time
+
 import jobs
 import pytest
 import torch
 
-from implicit_bench import config, papers
+from implicit_bench import config, core, papers
 from implicit_bench.bench import rows
+from implicit_bench.bench.arithmetic import arithmetic_ms
 from implicit_bench.bench.ratios import Prices, comparisons
 from implicit_bench.device import Device
 
@@ -115,7 +118,7 @@ def test_an_anode_whose_h_stands_still_is_timed_beside_the_same_function(tmp_pat
         data = config.make(job.config["dataset"], "dataset").load(tmp_path)
         row = rows.Row(label, job, data, Device("cpu", threads=1))
         row.warm_up()
-        figures.append(row.figures({key: [ms] for key, ms in row.measure(1).items()}, (1.0, 1.0), {}))
+        figures.append(row.figures({key: [ms] for key, ms in row.measure(1).items()}, Prices(1.0, 1.0, 1.0, 1.0), {}))
     [h5] = [c for c in comparisons(figures, papers.table("homo_ode")) if c.id == "H5"]
     assert h5.ratio.verdict == verdict
     assert (h5.ratio.value < 1e-6) == (verdict == "equal")
@@ -155,3 +158,37 @@ def test_unlike_rows_are_refused_by_the_key_that_differs(tmp_path, words, key):
     jobs_ = config.compose_all("bench", config.expand(jobs.words(tmp_path, words)))
     with pytest.raises(config.UsageError, match=f"must share {key}"):
         rows.refuse_unlike([job.config for job in jobs_])
+
+
+def test_a_solvers_own_arithmetic_is_what_is_neither_f_nor_a_vjp(made, monkeypatch):
+    """A cell that takes 20 ms and VJPs that do leave it as it is; a GMRES that does takes 20 ms more an iteration."""
+    (row,) = made("deq", words=["solver=picard", "stop.max_steps=5"])
+    row.measure(2)
+    before = row.state()
+    weights = [p.detach().clone() for p in row.model.parameters()]
+    plain = arithmetic_ms(row)
+    assert all(torch.equal(p, q) for p, q in zip(row.model.parameters(), weights))
+    assert row.state()["step"] == before["step"]
+    cell = row.model.layer.cell
+    forward, dots = cell.forward, core.Reduce.dots
+
+    def slowly(call):
+        def slow(*args, **given):
+            time.sleep(0.02)
+            return call(*args, **given)
+
+        return slow
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, "forward", slowly(forward))
+        patch.setattr(torch.autograd, "grad", slowly(torch.autograd.grad))
+        slow_f = arithmetic_ms(row)
+    assert slow_f < plain + 15  # of some fifteen calls, 300 ms
+    monkeypatch.setattr(core.Reduce, "dots", slowly(dots))
+    assert arithmetic_ms(row) > plain + 35  # two an iteration
+
+
+def test_where_calls_cannot_be_told_apart_there_is_no_arithmetic(made):
+    (row,) = made("deq")
+    row.device.compile = True
+    assert arithmetic_ms(row) is None

@@ -10,6 +10,7 @@ import jobs
 import pytest
 
 from implicit_bench import config, log, machine, record
+from implicit_bench.jsonl import read_jsonl
 from implicit_bench.lock import RunLock, RunLocked
 from implicit_bench.train import command, loop
 
@@ -19,7 +20,7 @@ RUN = ("model=skip_deq", "recipe.epochs=3", "dataset.flip=0.5", "dataset.pad=1",
 
 def rows(folder):
     """metrics.jsonl without times, which differ between any two runs."""
-    found = list(record.read_jsonl(folder / "metrics.jsonl"))
+    found = list(read_jsonl(folder / "metrics.jsonl"))
     return [{k: v for k, v in row.items() if not k.startswith("timing")} for row in found]
 
 

@@ -1,0 +1,155 @@
+"""A multirun: what each of its jobs came to, and how far all of them are, in a folder that every process sees."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..machine import cores
+from ..report import tables
+from ..terminal import ONE_BAR, Bar, duration, progress, say, share
+
+STATES = ("done", "skipped", "elsewhere", "failed", "interrupted", "lost", "not begun")
+BAD = ("failed", "lost", "not begun")
+RUNNING = "running"
+SHOWN = 40  # jobs; of more, only those that are not done
+
+
+class Sweep:
+    """FOLDER/plan.json is the parent's, FOLDER/N.json that of a job which has begun. Plain files, for a launcher may
+    run a job in any process of any machine that sees the folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def begin(self, jobs: Sequence[Sequence[str]] | None, paired: bool = False) -> None:
+        """The words of each job, where they are known; `paired`: Hydra is told a job's number only, since the words
+        are no product of lists."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write("plan", {"jobs": jobs and [[*words] for words in jobs], "paired": paired, "began": time.time()})
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        return self._read("plan") or {"jobs": None, "paired": False, "began": time.time()}
+
+    def own_words(self, number: int) -> list[str] | None:
+        plan = self.plan
+        return plan["jobs"][number] if plan["paired"] else None
+
+    def tell(self, number: int, words: Sequence[str], state: str, seconds: float | None = None, name: str = "",
+             error: str = "", test_acc: float | None = None) -> None:  # fmt: skip
+        """A job has ended so. One that never tells, or cannot, is lost."""
+        with contextlib.suppress(OSError):
+            self._write(str(number), {"words": [*words], "state": state, "seconds": seconds, "name": name,
+                                      "error": error, "test_acc": test_acc})  # fmt: skip
+
+    def told(self) -> dict[int, dict[str, Any]]:
+        """By number, what the jobs that have begun came to so far."""
+        numbers = sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
+        found = {number: self._read(str(number)) for number in numbers}
+        return {number: said for number, said in found.items() if said}
+
+    def announce(self, number: int, words: Sequence[str]) -> None:
+        """Before a job: the place it has among all, and the time that those left will take at the pace so far."""
+        plan, told = self.plan, {k: said for k, said in self.told().items() if said["state"] != RUNNING}
+        many = len(plan["jobs"] or ())
+        total = f" of {many}" if many else ""
+        counts = ", ".join(f"{n} {state}" for state, n in _counts(told).items())
+        trained = sum(said["state"] not in ("skipped", "elsewhere") for said in told.values())
+        text = f"job {number + 1}{total}" + (f" · {counts}" if counts else "")
+        if trained and many:
+            pace = (time.time() - plan["began"]) / trained
+            text += f" · about {duration(pace * (many - len(told)))} left"
+        progress("sweep", text)
+        self.tell(number, words, RUNNING)
+
+    def close(self) -> int:
+        """Print what became of every job, and remove the folder; how many failed, lost ones among them."""
+        plan, told = self.plan, self.told()
+        for said in told.values():
+            if said["state"] == RUNNING:
+                said |= {"state": "lost", "error": "its process ended without a word"}
+        for number, words in enumerate(plan["jobs"] or ()):
+            told.setdefault(number, {"words": words, "state": "not begun", "name": "", "seconds": None,
+                                     "test_acc": None, "error": ""})  # fmt: skip
+        counts = _counts(told)
+        spent = duration(time.time() - plan["began"])
+        common = set.intersection(*[set(said["words"]) for said in told.values()]) if len(told) > 1 else set()
+        told = dict(sorted(told.items()))
+        seen = told if len(told) <= SHOWN else {k: said for k, said in told.items() if said["state"] not in STATES[:2]}
+        rows = [[str(number + 1), " ".join(word for word in said["words"] if word not in common), said["state"],
+                 share(said["test_acc"]), "–" if said["seconds"] is None else duration(said["seconds"]),
+                 said["error"] or said["name"]] for number, said in seen.items()]  # fmt: skip
+        if rows:
+            tables.show(["job", "words", "state", "test acc", "time", "run, or error"], rows, spare=["time"])
+        say("sweep", f"{len(told)} jobs: {', '.join(f'{n} {state}' for state, n in counts.items())} · {spent}")
+        for path in (*self.folder.glob("*.json"), self.folder / "multirun.yaml"):  # the latter is Hydra's
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a launcher's own logs may be there
+            self.folder.rmdir()
+        return sum(counts[state] for state in BAD)
+
+    @contextlib.contextmanager
+    def watched(self, here: bool) -> Iterator[None]:
+        """While the jobs run: where they do so elsewhere, one bar for all of them."""
+        before = os.environ.get(ONE_BAR)
+        os.environ[ONE_BAR] = str(os.getpid())
+        stop = threading.Event()
+        thread = None if here else threading.Thread(target=self._watch, args=(stop,), daemon=True)
+        if thread:
+            thread.start()
+        try:
+            yield
+        finally:
+            os.environ.pop(ONE_BAR)
+            os.environ.update({} if before is None else {ONE_BAR: before})
+            stop.set()
+            if thread:
+                thread.join()
+
+    def _watch(self, stop: threading.Event) -> None:
+        jobs = self.plan["jobs"]
+        bar = Bar(jobs and len(jobs), "jobs")
+        with contextlib.closing(bar):
+            while not stop.wait(1.0):
+                counts = _counts(self.told())
+                bar.at(sum(counts.values()), lambda counts=counts: ", ".join(f"{n} {s}" for s, n in counts.items()))
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        """Whole or not at all, whoever reads it meanwhile."""
+        beside = self.folder / f".{name}.{os.getpid()}"
+        beside.write_text(json.dumps(content), encoding="utf-8")
+        beside.replace(self.folder / f"{name}.json")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            return found
+        except (OSError, ValueError):
+            return None
+
+
+def _counts(told: dict[int, dict[str, Any]]) -> Counter[str]:
+    """In the order of STATES."""
+    counts = Counter(said["state"] for said in told.values())
+    return Counter({state: counts[state] for state in STATES if counts[state]})
+
+
+def share_of_cores(launcher: Mapping[str, Any]) -> int | None:
+    """Threads for a job that runs beside others under this launcher of Hydra's, so that they do not fight; None where
+    it has the machine to itself."""
+    if n_jobs := launcher.get("n_jobs"):  # joblib: -1 is every core, -2 all but one
+        beside = n_jobs if n_jobs > 0 else max(1, cores() + 1 + n_jobs)
+        return max(1, cores() // beside)
+    if "cpus_per_task" in launcher:  # submitit
+        return min(cores(), launcher["cpus_per_task"] or 1)
+    if "ray" in launcher:
+        return max(1, int(launcher["ray"].get("remote", {}).get("num_cpus") or 1))
+    return None
