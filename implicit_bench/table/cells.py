@@ -210,14 +210,18 @@ def benches(everything: Sequence[Run], table: str, protocol: str) -> list[Run]:
 
 
 def timed(everything: Sequence[Run], table: str, protocol: str, label: str) -> dict[str, Timed]:
-    """The latest bench of a row on each machine."""
+    """The latest bench of a row on each machine; its memory may be an earlier one's, where the latest measured none."""
     found: dict[str, Timed] = {}
     for run in benches(everything, table, protocol):
         rows = [(k, row) for k, row in enumerate(run.record["rows"]) if row["label"].partition(" ×")[0] == label]
         where = run.record["environment"]["hardware"]
-        if rows and where not in found:
-            last = max(rows, key=lambda each: (each[1].get("at") or 0, each[0]))[1]
-            found[where] = Timed(last, run.record["config"]["rows"][0]["recipe"]["batch"], run.record)
+        if not rows:
+            continue
+        last = max(rows, key=lambda each: (each[1].get("at") or 0, each[0]))[1]
+        batch = run.record["config"]["rows"][0]["recipe"]["batch"]
+        latest = found.setdefault(where, Timed(last, batch, run.record))
+        if batch == latest.batch and _found(latest.row, ("memory", "train_mib")) is None:
+            found[where] = latest._replace(row={**latest.row, "memory": last.get("memory")})
     return found
 
 

@@ -108,15 +108,15 @@ def sections(everything: Sequence[Run], folder: Path) -> list[Section]:
         svg = plots.at_widths(plot, folder / name)
         return Figure(name, caption, base64.b64encode(svg.read_bytes()).decode())
 
-    benches, trained, bar = _latest_benches(everything), _trainings(everything), Bar(0, "figures")
+    benches, trained, bar = _benches(everything), _trainings(everything), Bar(0, "figures")
     speeds, memory = [], []
-    for key, run in benches.items():
-        name, title = "-".join([*key[:2], machine.folder_name(key[2])]), _title(run)
-        at = max((r.get("at") or 0 for r in run.record["rows"]), default=0)
-        bars = _bars(run, at)
+    for key, runs in benches.items():
+        name, title = "-".join([*key[:2], machine.folder_name(key[2])]), _title(runs[-1])
+        at = max((r.get("at") or 0 for r in runs[-1].record["rows"]), default=0)
+        bars = [*{bar[0]: bar for run in runs for bar in _bars(run, at)}.values()]  # the latest of each pair
         if bars:
             speeds.append(drawn(f"speedup-{name}", title, partial(plots.ratio_bars, bars=bars, title=title)))
-        amounts = {r["label"]: r["memory"]["train_mib"] for r in run.record["rows"]
+        amounts = {r["label"]: r["memory"]["train_mib"] for run in runs for r in run.record["rows"]
                    if (r.get("at") or 0) == at and (r.get("memory") or {}).get("train_mib")}  # fmt: skip
         if amounts:
             memory.append(drawn(f"memory-{name}", title, partial(
@@ -148,23 +148,35 @@ def sections(everything: Sequence[Run], folder: Path) -> list[Section]:
     ]  # fmt: skip
 
 
-def _latest_benches(everything: Sequence[Run]) -> dict[tuple[str, str, str], Run]:
-    found = {}
+def _benches(everything: Sequence[Run]) -> dict[tuple[str, str, str], list[Run]]:
+    """By table (or data set), protocol and machine, the latest last; those of another batch than the latest's, or of
+    other rows of a free list, left out."""
+    found: dict[tuple[str, str, str], list[Run]] = {}
     for run in sorted(everything, key=lambda run: record.started(run.record, run.folder)):
         rec = run.record
         if rec["command"] == "bench" and rec["status"] in ("done", "interrupted") and rec.get("ratios"):
-            what = rec["config"].get("table") or run.name.split("-")[1]
-            found[what, str(rec["protocol"]), rec["environment"]["hardware"]] = run
-    return dict(sorted(found.items()))
+            what = _table(run) or run.name.split("-")[1]
+            found.setdefault((what, str(rec["protocol"]), rec["environment"]["hardware"]), []).append(run)
+    return {key: [run for run in runs if run is runs[-1] or (_batch(run) == _batch(runs[-1]) and _table(runs[-1]))]
+            for key, runs in sorted(found.items())}  # fmt: skip
+
+
+def _batch(run: Run) -> int:
+    size: int = run.record["config"]["rows"][0]["recipe"]["batch"]
+    return size
+
+
+def _table(run: Run) -> str | None:
+    name: str | None = run.record["config"].get("table")
+    return name
 
 
 def _title(run: Run) -> str:
     rec = run.record
-    batch = rec["config"]["rows"][0]["recipe"]["batch"]
     at = max((r.get("at") or 0 for r in rec["rows"]), default=0)
-    what = rec["config"].get("table") or run.name.split("-")[1]
+    what = _table(run) or run.name.split("-")[1]
     step = f", step {at:,}" if at else ""
-    return f"{what}, {rec['protocol']}, batch {batch}{step}, {rec['environment']['cpu']}"
+    return f"{what}, {rec['protocol']}, batch {_batch(run)}{step}, {rec['environment']['cpu']}"
 
 
 def _bars(run: Run, at: int) -> list[tuple[str, float, float, float]]:
