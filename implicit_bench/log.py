@@ -142,7 +142,7 @@ class Wandb(Sink):
             "tags": sorted(f"{group}={value}"[:64] for group, value in labels.items() if value not in (None, "none")),
             "config": {**copy.deepcopy(record["config"]), **({"run_id": record["run_id"]} if agents else {})},
             "resume": "allow" if training and resume and not agents else None,
-            "dir": str(folder),
+            "dir": str(folder.absolute()),  # wandb's service may be that of a parent process, which is elsewhere
         }
 
     def _work(self, mode: str, identity: dict[str, Any]) -> None:

@@ -434,8 +434,10 @@ def test_a_default_run_leaves_all_it_promises_and_wandb_can_be_read(tmp_path):
     offline = folder / "wandb" / "latest-run"
 
     def inspect(*options):
-        return subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", offline],
-                              check=True, cwd=tmp_path, capture_output=True, text=True).stdout  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", offline],
+                              check=False, cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     found = json.loads(inspect("--summary"))
     assert (found["run_id"], found["state"], found["exit_code"]) == (rec["run_id"], "finished", 0)

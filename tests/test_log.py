@@ -75,8 +75,10 @@ def run(folder, how="", **environment):
 
 
 def inspect(path, *options):
+    """What wandb itself reads back of a run's folder, as lines of JSON."""
     done = subprocess.run([*WANDB, "leet", "inspect", *options, "--json", str(path)], capture_output=True, text=True,
-                          timeout=60, check=True)  # fmt: skip
+                          timeout=60, check=False)  # fmt: skip
+    assert done.returncode == 0, f"{done.stderr}{done.stdout[-300:]}"
     return done.stdout
 
 
@@ -103,6 +105,18 @@ def test_an_offline_run_has_the_conventions(offline):
     assert summary["timing/step_ms"] == 2.5
     assert (summary["bench/rows"]["nrows"], summary["bench/rows"]["ncols"]) == (2, 2)
     assert "speedup" in summary
+
+
+def test_the_service_of_a_parent_process_elsewhere_writes_it_here(tmp_path):
+    """wandb names its service in the environment, so that a command started by a user's script shares that script's."""
+    here = tmp_path / "here"
+    here.mkdir()
+    words = [sys.executable, "-c", RUN, repr(CONFIG), "run", ""]
+    parent = f"import subprocess, wandb; wandb.setup(); subprocess.run({words}, cwd={str(here)!r}, check=True)"
+    subprocess.run([sys.executable, "-c", parent], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    log = (here / "run/wandb/latest-run/logs/debug.log").read_text()
+    assert "existing wandb-core service via WANDB_SERVICE" in log
+    assert json.loads(inspect(here / "run/wandb/latest-run", "--summary"))["state"] == "finished"
 
 
 def test_an_offline_run_has_every_row_by_step(offline):

@@ -158,3 +158,47 @@ def test_peak_memory_on_cuda_is_torchs(monkeypatch):
     assert machine.reset_peak_memory("cuda:1")
     assert machine.peak_memory_mib("cuda:1") == 3
     assert asked == ["cuda:1", "cuda:1"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from implicit_bench.machine import claim
+print(claim(["a", "b"], Path(sys.argv[1])), flush=True)
+time.sleep(60)
+"""
+
+
+@LINUX
+def test_processes_share_out_the_devices_and_a_killed_one_gives_its_back(tmp_path):
+    def process():
+        started = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        return started, started.stdout.readline().strip()
+
+    every = [process() for _ in range(3)]
+    try:
+        assert [found for _, found in every] == ["0", "1", "None"]
+        every[0][0].kill()
+        every[0][0].wait()
+        every.append(process())
+        assert every[-1][1] == "0"
+    finally:
+        for started, _ in every:
+            started.kill()
+            started.communicate()
+
+
+def test_a_run_takes_one_free_gpu_once_and_where_none_is_free_the_first_and_is_not_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"gpu{i}"))
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    found = []
+    for _ in range(3):  # three runs, as far as the locks can tell
+        monkeypatch.setattr(machine, "_gpu", None)
+        monkeypatch.setattr(machine, "_shares_gpu", False)
+        found.append((machine.take_gpu(), machine.take_gpu(), machine._shares_gpu, Alone().read()))
+    assert [each[:3] for each in found] == [(0, 0, False), (1, 1, False), (0, 0, True)]
+    assert found[2][3] is False
+    assert chosen == [0, 1, 0]

@@ -460,6 +460,7 @@ def test_wandb_has_the_table_and_the_page(here, capsys, monkeypatch):
         done = subprocess.run([sys.executable, "-m", "implicit_bench", *words, "logger=wandb"], capture_output=True,
                               text=True, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr
+        assert "W&B offline" in done.stderr
         (folder,) = here.glob(f"runs/{words[0]}-*")
         latest = folder / "wandb/latest-run"
         (begun,) = [run for line in inspect(latest).splitlines() if (run := json.loads(line).get("run"))]
