@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,24 @@ WATCH = """
 import sys, time
 from implicit_bench.cli import main
 from implicit_bench.sweep import command
-real, began = command.train_task, []
+from omegaconf import OmegaConf
+real, resolve, watched = command.train_task, OmegaConf.to_container, []
 def train_task(cfg):
-    began.append(time.perf_counter())
+    watched.append([time.perf_counter(), 0.0, 0.0])
     try:
         return real(cfg)
     finally:
-        began.append(time.perf_counter())
-command.train_task = train_task
+        watched[-1][2] = time.perf_counter()
+def to_container(*args, **kwargs):  # the interpolations are a part of composing
+    began = time.perf_counter()
+    try:
+        return resolve(*args, **kwargs)
+    finally:
+        if watched:
+            watched[-1][1] += time.perf_counter() - began
+command.train_task, OmegaConf.to_container = train_task, to_container
 code = main(sys.argv[1:])
-print("watched", *began)
+print("watched", *sum(watched, []))
 sys.exit(code)
 """
 
@@ -62,9 +71,9 @@ def skipped(jobs: int) -> dict[str, Any]:
         out, _ = command(words, ["-c", WATCH])
     assert f"{jobs} skipped" in out, out[-500:]
     times = [float(word) for word in re.search(r"^watched (.*)$", out, re.M)[1].split()]  # type: ignore[index]
-    starts, ends = times[::2], times[1::2]
-    ours = sorted(end - start for start, end in zip(starts, ends))
-    theirs = sorted(start - end for start, end in zip(starts[1:], ends))
+    jobs_of = list(zip(times[::3], times[1::3], times[2::3]))  # began, of it resolving, ended
+    ours = sorted(end - start - resolving for start, resolving, end in jobs_of)
+    theirs = sorted(after - end + resolving for (_, resolving, end), (after, *_) in pairwise(jobs_of))
     return {"jobs": jobs, "ours_ms": 1e3 * ours[len(ours) // 2], "hydra_ms": 1e3 * theirs[len(theirs) // 2]}
 
 

@@ -19,6 +19,7 @@ from ..terminal import ONE_BAR, Bar, duration, progress, say, share
 STATES = ("done", "skipped", "elsewhere", "failed", "interrupted", "lost", "not begun")
 BAD = ("failed", "lost", "not begun")
 RUNNING = "running"
+_ended: dict[str, dict[int, dict[str, Any]]] = {}  # by folder, what is read once: it changes no more
 SHOWN = 40  # jobs; of more, only those that are not done
 
 
@@ -52,9 +53,12 @@ class Sweep:
 
     def told(self) -> dict[int, dict[str, Any]]:
         """By number, what the jobs that have begun came to so far."""
-        numbers = sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
-        found = {number: self._read(str(number)) for number in numbers}
-        return {number: said for number, said in found.items() if said}
+        ended = _ended.setdefault(str(self.folder), {})
+        numbers = sorted(int(name[:-5]) for name in os.listdir(self.folder) if name[:-5].isdigit())
+        found = {number: ended.get(number) or self._read(str(number)) for number in numbers}
+        told = {number: said for number, said in found.items() if said}
+        ended.update({number: said for number, said in told.items() if said["state"] != RUNNING})
+        return told
 
     def announce(self, number: int, words: Sequence[str]) -> None:
         """Before a job: the place it has among all, and the time that those left will take at the pace so far."""
@@ -72,7 +76,8 @@ class Sweep:
 
     def close(self) -> int:
         """Print what became of every job, and remove the folder; how many failed, lost ones among them."""
-        plan, told = self.plan, self.told()
+        plan, told = self.plan, {number: {**said} for number, said in self.told().items()}
+        _ended.pop(str(self.folder), None)
         for said in told.values():
             if said["state"] == RUNNING:
                 said |= {"state": "lost", "error": "its process ended without a word"}
