@@ -15,7 +15,7 @@ from implicit_bench.train import Step
 from implicit_bench.world import gathered, mine, shareable, started, synchronised, together, world
 
 DENSE = ["dataset=digits", "network=dense", "network.hidden=12"]
-CONV = ["dataset=digits", "network=mdeq_small", "network.channels=[6,6]", "network.head=[2,4]", "network.features=8",
+CONV = ["dataset=digits", "network=mdeq_small", "network.channels=[6,6]", "network.residual=mdeq", "network.head=[2,4]", "network.features=8",
         "network.expand=2", "network.dropout=0"]  # fmt: skip
 GROUP, WHOLE, TIGHT = ["network.norm=group"], ["stop.per_sample=false"], ["stop.tol=1e-6"]
 CASES = {
@@ -31,11 +31,11 @@ CASES = {
     "linear by anderson": [*DENSE, *TIGHT, *WHOLE, "model=deq", "adjoint.linear=anderson"],
     "jacobian": [*DENSE, *TIGHT, *WHOLE, "model=deq", "penalty=[jacobian]", "penalty.jacobian.probability=0.5"],
     "data mean": [*DENSE, *TIGHT, *WHOLE, "model=deq", "init=data_mean"],
-    "batch statistics": [*CONV, *TIGHT, "model=deq"],
-    "batch statistics, one jacobian": [*CONV, *TIGHT, "model=cdeq", "penalty=[jacobian]"],
-    "batch statistics, skip": [*CONV, *TIGHT, "model=skip_deq"],
+    "batch statistics": [*CONV, "stop.max_steps=8", "model=deq"],
+    "batch statistics, one jacobian": [*CONV, "stop.max_steps=8", "model=cdeq", "penalty=[jacobian]"],
+    "batch statistics, skip": [*CONV, "stop.max_steps=8", "model=skip_deq"],
     "batch statistics unrolled": [*CONV, "model=explicit", "stop.steps=4"],
-    "groups": [*CONV, *TIGHT, *GROUP, *WHOLE, "model=skip_reg_cdeq"],
+    "groups": [*CONV, "stop.max_steps=8", *GROUP, *WHOLE, "model=skip_reg_cdeq"],
 }
 B = 8
 

@@ -147,10 +147,10 @@ def test_joblib_shares_the_cores_and_no_run_counts_as_alone(tmp_path):
 
 @joblib
 def test_a_killed_worker_loses_its_job_and_the_same_command_goes_on(tmp_path):
-    words = ["model=deq", "seed=0,1", "recipe.epochs=30", "progress.save_s=0.1", *JOBLIB]
+    words = ["model=explicit", "seed=0,1", "recipe.epochs=15", "progress.save_s=0.1", *JOBLIB]
     process = start(tmp_path, *words)
     deadline = time.monotonic() + 120
-    while len(saved := list(tmp_path.glob("runs/deq-*/last.pt"))) < 2 and time.monotonic() < deadline:
+    while len(saved := list(tmp_path.glob("runs/explicit-*/last.pt"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     folder = saved[0].parent
     os.kill(json.loads((folder / "run.lock").read_text())["pid"], signal.SIGKILL)
@@ -166,8 +166,19 @@ def test_a_killed_worker_loses_its_job_and_the_same_command_goes_on(tmp_path):
     assert (rec["status"], len(rec["resumed_from"])) == ("done", 1)
 
 
+def test_two_sweeps_at_once_do_no_job_twice(tmp_path):
+    words = ["model=explicit", "seed=range(6)", "recipe.epochs=2", "gpu.threads=1"]
+    both = [start(tmp_path, *words) for _ in range(2)]
+    found = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], found
+    did = [re.search(r"6 jobs: (?:(\d+) done)?", out)[1] for out, _ in found]
+    assert sum(int(n or 0) for n in did) == 6
+    for rec in records(tmp_path).values():
+        assert (rec["status"], rec["attempt"], rec["resumed_from"]) == ("done", 1, [])
+
+
 def test_a_process_that_dies_leaves_a_sweep_that_goes_on(tmp_path):
-    words = ["model=explicit", "seed=0,1,2", "recipe.epochs=20", "progress.save_s=0.1", "gpu.threads=1"]
+    words = ["model=explicit", "seed=0,1,2", "recipe.epochs=8", "progress.save_s=0.1", "gpu.threads=1"]
     process = start(tmp_path, *words)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/explicit-digits-s1-*/last.pt")) and time.monotonic() < deadline:

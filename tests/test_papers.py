@@ -2,7 +2,7 @@
 
 import pytest
 
-from implicit_bench import papers
+from implicit_bench import config, papers
 from implicit_bench.bench import claims
 from implicit_bench.config import UsageError, config_dir
 from implicit_bench.schema import files
@@ -36,6 +36,12 @@ def test_rows_that_a_table_leaves_out_are_there_when_they_are_asked_for():
     assert [*said("table=cdeq_cifar10_small", "rows=[all]")] == [
         *paper, "neural_ode dopri5", "cdeq f_zero", "neural_ode f_zero"]  # fmt: skip
     assert [*said("table=cdeq_cifar10_small", "rows=[neural_ode f_zero]")] == ["neural_ode f_zero"]
+
+
+@pytest.mark.parametrize("name", [name for name in files("table") if papers.table(name).kind == "cells"])
+def test_every_row_of_a_table_composes(name):
+    """Those that are to be asked for, too."""
+    config.compose_all("train", [*papers.table(name).jobs(["all"], [], cpu=True).values()])
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import config, machine
+from ..terminal import Bar
 from .rows import Row
 
 Peak = dict[str, float | None]  # of train and predict, MiB
@@ -37,8 +38,19 @@ def peaks(rows: Sequence[Row], weights: Sequence[Path | None]) -> tuple[list[Pea
     asked = json.dumps([[row.job.config, path and str(path)] for row, path in zip(rows, weights)])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
            "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}  # its splinters would count  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", __name__], input=asked, stdout=subprocess.PIPE, text=True, env=env)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found: list[Any] = []
+    with (closing(Bar(len(rows), "rows measured")) as bar,
+          subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                           env=env) as process):  # fmt: skip
+        assert process.stdin
+        assert process.stdout
+        with suppress(BrokenPipeError):  # it has ended before it read all: what it did not measure is told below
+            process.stdin.write(asked)
+            process.stdin.close()
+        for line in process.stdout:
+            if line.startswith("{"):
+                found.append(json.loads(line))
+                bar.at(len(found))
     found += [{"error": "the process that measures memory ended early"}] * (len(rows) - len(found))
     failed = {row.label: str(f["error"]) for row, f in zip(rows, found) if "error" in f}
     return [NOTHING if "error" in f else f for f in found], failed

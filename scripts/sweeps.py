@@ -1,0 +1,137 @@
+"""The figures of docs/reliability.md: what a job of a sweep costs that is done already, and jobs an hour by launcher.
+
+usage: python scripts/sweeps.py [done launchers] [--jobs N] [--render FILE]
+
+`launchers` runs the same jobs by each launcher that is installed, alone for the machine; `make soak` has the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import page
+
+from implicit_bench import machine
+from implicit_bench.report import tables
+
+SOAK = page.ROOT / "results/soak.log"
+SHORT = ("recipe.max_steps=2", "logger=none", "gpu.threads=1")
+JOB = ("model=skip_deq", "recipe.epochs=2", "logger=none")
+LAUNCHERS = {"basic": [], "joblib": ["hydra.launcher.n_jobs=2"], "ray": []}  # where it is there
+PLUGIN = {"joblib": "hydra_plugins.hydra_joblib_launcher", "ray": "hydra_plugins.hydra_ray_launcher"}
+WATCH = """
+import sys, time
+from implicit_bench.cli import main
+from implicit_bench.sweep import command
+real, began = command.train_task, []
+def train_task(cfg):
+    began.append(time.perf_counter())
+    try:
+        return real(cfg)
+    finally:
+        began.append(time.perf_counter())
+command.train_task = train_task
+code = main(sys.argv[1:])
+print("watched", *began)
+sys.exit(code)
+"""
+
+
+def command(words: list[str], start: list[str]) -> tuple[str, float]:
+    """Standard output and seconds."""
+    began = time.perf_counter()
+    whole = [sys.executable, *start, "train", "-m", *words]
+    done = subprocess.run(whole, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout, time.perf_counter() - began
+
+
+def skipped(jobs: int) -> dict[str, Any]:
+    """Milliseconds a job that is done already: ours, and Hydra's until the next begins; median over the jobs."""
+    with tempfile.TemporaryDirectory() as name:
+        words = ["model=explicit", f"seed=range({jobs})", *SHORT, f"paths.runs={name}"]
+        command(words, ["-m", "implicit_bench"])
+        out, _ = command(words, ["-c", WATCH])
+    assert f"{jobs} skipped" in out, out[-500:]
+    times = [float(word) for word in re.search(r"^watched (.*)$", out, re.M)[1].split()]  # type: ignore[index]
+    starts, ends = times[::2], times[1::2]
+    ours = sorted(end - start for start, end in zip(starts, ends))
+    theirs = sorted(start - end for start, end in zip(starts[1:], ends))
+    return {"jobs": jobs, "ours_ms": 1e3 * ours[len(ours) // 2], "hydra_ms": 1e3 * theirs[len(theirs) // 2]}
+
+
+def launchers(jobs: int) -> dict[str, Any]:
+    """Jobs an hour of one sweep, whole commands, their start among it."""
+    found = {}
+    for launcher, more in LAUNCHERS.items():
+        if launcher in PLUGIN and importlib.util.find_spec(PLUGIN[launcher]) is None:
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            words = [*JOB, f"seed=range({jobs})", f"hydra/launcher={launcher}", *more, f"paths.runs={name}"]
+            seconds = command(words, ["-m", "implicit_bench"])[1]
+        found[launcher] = {"jobs": jobs, "seconds": seconds, "an_hour": 3600 * jobs / seconds}
+        print(f"{launcher}: {jobs} jobs in {seconds:.0f} s", file=sys.stderr)
+    return found
+
+
+def render(text: str, found: dict[str, Any]) -> str:
+    parts = {}
+    where = found["machine"]["hardware"]
+    if done := found.get("done"):
+        parts["done"] = (f"A job that is done costs {done['ours_ms']:.1f} ms of ours beside the {done['hydra_ms']:.0f} "
+                         f"ms that Hydra takes to compose it ({done['jobs']} jobs, medians; {where}).\n")  # fmt: skip
+    if by := found.get("launchers"):
+        base = by["basic"]["an_hour"]
+        rows = [[name, f"{one['jobs']}", f"{one['seconds']:.0f} s", f"{one['an_hour']:.0f}",
+                 f"{one['an_hour'] / base:.2f}×"] for name, one in by.items()]  # fmt: skip
+        columns = ["launcher", "jobs", "whole command", "jobs an hour", "against basic"]
+        parts["launchers"] = tables.markdown(columns, rows)
+    if SOAK.exists():
+        parts["soak"] = soak(SOAK.read_text())
+    return page.put(text, parts)
+
+
+def soak(log: str) -> str:
+    """What `make soak` found: kills survived, and the memory of one process over its many runs."""
+    kills = re.search(r"kills survived (\d+) of (\d+)", log)
+    curve = re.search(r"soak of (\d+) runs, MiB after each: ([\d ]+)", log)
+    assert kills
+    assert curve
+    sizes = curve[2].split()
+    at = [k for k in (1, 2, 5, 10, 20, 50, 100, 150, 200) if k <= len(sizes)]
+    rows = [["MiB", *(sizes[k - 1] for k in at)]]
+    said = f"Kills survived: {kills[1]} of {kills[2]}. One process, {curve[1]} runs in turn, its memory after each:\n\n"
+    return said + tables.markdown(["after run", *map(str, at)], rows)
+
+
+def main() -> None:
+    found = page.parser(__doc__, "reliability", {"jobs": 24})
+    args = page.asked(found, ("done", "launchers"), render)
+    if args is None:
+        return
+    facts = machine.fingerprint()
+    hardware = f"{facts['cores']}-core {facts['cpu']}"
+    file: Path = args.results / machine.folder_name(hardware) / "sweeps.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    alone = machine.Alone()
+    if "done" in args.names:
+        content["done"] = skipped(100)
+    if "launchers" in args.names:
+        content["launchers"] = launchers(args.jobs)
+    content["machine"] = {"hardware": hardware, "torch": facts["torch"], "cores": os.cpu_count(), "alone": alone.read()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    args.page.write_text(render(args.page.read_text(), content))
+    print(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
