@@ -63,7 +63,8 @@ class Device:
         """What of the group changes numbers or times, resolved for this machine: goes into the run's identity."""
         return {"device": self.torch.type, "dtype": str(self.dtype).removeprefix("torch."),
                 "threads": self.threads * self.sharers, "channels_last": self.channels_last, "compile": self.compile,
-                "deterministic": self.deterministic, "allocator": "tuned" if self.wants_policy else "default"}  # fmt: skip
+                "deterministic": self.deterministic,
+                "allocator": "tuned" if self.wants_policy else "default"}  # fmt: skip
 
     def begin(self) -> str:
         """Apply the settings to this process; returns the allocator's policy, for the record."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -243,7 +243,7 @@ def synchronised(model: torch.nn.Module) -> None:
             module.__class__ = BatchNorm2d
 
 
-def average_gradients(parameters: list[Tensor], loss: Tensor) -> Tensor:
+def average_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
     """The gradients of each process's own loss become, in place, that of the mean loss, which is returned.
 
     Each process has scaled its loss by 1 / processes before it went backward. One sum, of all parameters at once.

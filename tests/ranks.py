@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from unittest import mock
 
 import torch
-from torch.nn import functional as nnf
 
 from implicit_bench import config
 from implicit_bench.device import Device
@@ -15,7 +14,7 @@ from implicit_bench.train import Step
 from implicit_bench.world import gathered, mine, shareable, started, synchronised, together, world
 
 DENSE = ["dataset=digits", "network=dense", "network.hidden=12"]
-CONV = ["dataset=digits", "network=mdeq_small", "network.channels=[6,6]", "network.residual=mdeq", "network.head=[2,4]", "network.features=8",
+CONV = ["dataset=digits", "network=mdeq_small", "network.channels=[6,6]",  "network.head=[2,4]", "network.features=8",
         "network.expand=2", "network.dropout=0"]  # fmt: skip
 GROUP, WHOLE, TIGHT = ["network.norm=group"], ["stop.per_sample=false"], ["stop.tol=1e-6"]
 CASES = {
@@ -55,13 +54,13 @@ def gradients(words):
     y = torch.arange(B) % 10
     step = Step(model, parts.penalties, parts.recipe, device, 10)
     eps = torch.randn(B, model.layer.cell.size, generator=generator, dtype=torch.float64)
-    with mock.patch.object(torch, "randn_like", lambda z: mine(eps)[0]):
+    with mock.patch.object(torch, "randn_like", return_value=mine(eps)[0]):
         for _ in range(2):
             loss, out = step(*mine(x, y))
     state = {name: value.tolist() for name, value in model.state_dict().items() if "running" in name or "mean" in name}
+    grads = {name: p.grad.flatten().tolist() for name, p in model.named_parameters() if p.grad is not None}
     return {"rank": world().rank, "nfe": out.layer.solution.stats.calls, "vjps": out.layer.backward.vjps,
-            "loss": float(sum(gathered(float(loss)))) / world().size, "state": state,
-            "grads": {name: p.grad.flatten().tolist() for name, p in model.named_parameters() if p.grad is not None}}  # fmt: skip
+            "loss": float(sum(gathered(float(loss)))) / world().size, "state": state, "grads": grads}  # fmt: skip
 
 
 def main(names):

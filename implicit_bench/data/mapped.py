@@ -1,4 +1,4 @@
-"""One copy of a data set for all processes of a node: fetched, checked and decoded once, and mapped from files after."""
+"""One copy of a data set for all processes of a node: fetched, checked and decoded once, then mapped from files."""
 
 from __future__ import annotations
 

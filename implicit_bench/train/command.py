@@ -270,6 +270,8 @@ def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) ->
         say("train", f"interrupted at step {rec['steps']:,} and saved; the same command continues it", err=True)
     else:
         hint = f" (details in {folder / 'error.txt'})" if (folder / "error.txt").exists() else ""
-        who = "" if world().first else f"process {world().rank} of {world().size}: "
-        with contextlib.redirect_stderr(sys.__stderr__):
-            say("failed", f"{folder.name}: {who}{error}{hint}", err=True)
+        if world().first:
+            say("failed", f"{folder.name}: {error}{hint}", err=True)
+        else:  # whose standard error is nowhere
+            with contextlib.redirect_stderr(sys.__stderr__):
+                say("failed", f"{folder.name}: process {world().rank} of {world().size}: {error}", err=True)

@@ -1,9 +1,9 @@
 """implicit_bench.data.mapped: what the jobs of a node share."""
 
 import os
+import select
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -88,6 +88,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from implicit_bench.data.mapped import one_at_a_time
+print("here", flush=True)
 with one_at_a_time(Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(60)
@@ -96,14 +97,12 @@ with one_at_a_time(Path(sys.argv[1])):
 
 def test_the_next_one_waits_and_a_killed_one_lets_it_in(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "mine\n"
+    assert [holder.stdout.readline() for _ in range(2)] == ["here\n", "mine\n"]
     waiter = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    os.set_blocking(waiter.stdout.fileno(), False)
-    time.sleep(3)
-    assert not waiter.stdout.read()
+    assert waiter.stdout.readline() == "here\n"
+    assert not select.select([waiter.stdout], [], [], 1.0)[0], "it waits"
     holder.kill()
     holder.communicate()
-    os.set_blocking(waiter.stdout.fileno(), True)
     assert waiter.stdout.readline() == "mine\n"
     waiter.kill()
     waiter.communicate()
