@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ def _with_manners(name: str, args: list[str]) -> int:
     for format in formats:
         if format not in possible:
             raise UsageError(f"no format {format!r}{nearest(format, possible)}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (name != "train" or {"-m", "--multirun"} & {*args}):
+        raise UsageError("torchrun's processes share one training alone; start this without torchrun")
     rest = [a for a in args if a not in ("-q", "--quiet") and not a.startswith("format=")]
     if formats and name == "train" and "plan=true" not in rest:
         raise UsageError("train prints no table to format; its figures are in record.json, and runs format=csv has all")

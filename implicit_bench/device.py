@@ -11,6 +11,7 @@ import torch
 
 from . import machine
 from .machine import cores
+from .world import here, world
 
 
 def _commit() -> str | None:
@@ -36,13 +37,14 @@ class Device:
     device: auto is CUDA where there is a GPU. dtype: float32 and float64 are the dtype of everything; bfloat16 is
     autocast over float32 weights (norms and residuals stay float32). threads: CPU threads, None = all cores
     that this process may run on.
+    ddp: one run over all processes that torchrun has started; each has its part of every batch, and of the cores.
     channels_last: None is yes on a CPU, where it measures fastest, if the network's flat states have that layout too.
     """
 
     def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto",
                  dtype: Literal["float32", "float64", "bfloat16"] = "float32", threads: int | None = None,
                  channels_last: bool | None = None, compile: bool = False, deterministic: bool = False,
-                 allocator: Literal["tuned", "default"] = "tuned"):  # fmt: skip
+                 allocator: Literal["tuned", "default"] = "tuned", ddp: bool = False):  # fmt: skip
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("gpu=cuda, but torch sees no CUDA device here; use gpu=auto or gpu=cpu")
         if threads is not None and threads < 1:
@@ -51,15 +53,17 @@ class Device:
             raise ValueError(f"gpu.threads={threads} is too many; null is one for each of the {cores()} cores")
         kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.torch = torch.device(kind)
-        self.threads = threads or cores()
+        self.ddp, self.sharers = ddp, here() if ddp else 1  # processes of this run on this machine
+        self.threads = threads or max(1, cores() // self.sharers)
         self.dtype = getattr(torch, dtype)
         self.channels_last, self.compile, self.deterministic = channels_last, compile, deterministic
         self.wants_policy = allocator == "tuned" and kind == "cpu"
 
     def settings(self) -> dict[str, Any]:
         """What of the group changes numbers or times, resolved for this machine: goes into the run's identity."""
-        return {"device": self.torch.type, "dtype": str(self.dtype).removeprefix("torch."), "threads": self.threads,
-                "channels_last": self.channels_last, "compile": self.compile, "deterministic": self.deterministic,
+        return {"device": self.torch.type, "dtype": str(self.dtype).removeprefix("torch."),
+                "threads": self.threads * self.sharers, "channels_last": self.channels_last, "compile": self.compile,
+                "deterministic": self.deterministic,
                 "allocator": "tuned" if self.wants_policy else "default"}  # fmt: skip
 
     def begin(self) -> str:
@@ -83,7 +87,7 @@ class Device:
         for package in ("implicit-bench", "torchdiffeq", "hydra-core", "omegaconf", "wandb"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[package] = importlib.metadata.version(package)
-        return {"hardware": hardware, **facts, "world_size": 1, "allocator": allocator, "versions": versions,
+        return {"hardware": hardware, **facts, "world_size": world().size, "allocator": allocator, "versions": versions,
                 "git": _commit(), "alone": None}  # fmt: skip
 
     def place(self, model: M) -> M:

@@ -38,5 +38,6 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def refuse(problem: object, code: int) -> int:
-    print(f"{PROG}: {problem}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes on a machine the first speaks for all
+        print(f"{PROG}: {problem}", file=sys.stderr)
     return code

@@ -122,8 +122,8 @@ def take_gpu() -> int:
 class Alone:
     """Was the machine otherwise idle? Start one before, read it after: all CPU time less ours and our descendants'."""
 
-    def __init__(self, proc: Path = _PROC) -> None:
-        self._proc = proc
+    def __init__(self, proc: Path = _PROC, root: int | None = None) -> None:
+        self._proc, self._root = proc, root or os.getpid()  # whose descendants are ours
         self._begin, self._before = time.monotonic(), self._others_s()
 
     def _others_s(self) -> float | None:
@@ -134,7 +134,7 @@ class Alone:
             for path in self._proc.glob("[0-9]*/stat"):
                 with suppress(OSError):  # it ended while we looked
                     stat[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()  # names may hold spaces
-            ours = [os.getpid()]
+            ours = [self._root]
             for parent in ours:  # grows as it goes: children, theirs, ...
                 ours += [pid for pid, fields in stat.items() if int(fields[1]) == parent]
             own = sum(int(x) for pid in ours for x in stat[pid][11:15])  # utime stime, and those of reaped children

@@ -24,7 +24,6 @@ import page
 from implicit_bench import machine
 from implicit_bench.report import tables
 
-SOAK = page.ROOT / "results/soak.log"
 SHORT = ("recipe.max_steps=2", "logger=none", "gpu.threads=1")
 JOB = ("model=skip_deq", "recipe.epochs=2", "logger=none")
 LAUNCHERS = {"basic": [], "joblib": ["hydra.launcher.n_jobs=2"], "ray": []}  # where it is there
@@ -103,22 +102,7 @@ def render(text: str, found: dict[str, Any]) -> str:
                  f"{one['an_hour'] / base:.2f}×"] for name, one in by.items()]  # fmt: skip
         columns = ["launcher", "jobs", "whole command", "jobs an hour", "against basic"]
         parts["launchers"] = tables.markdown(columns, rows)
-    if SOAK.exists():
-        parts["soak"] = soak(SOAK.read_text())
     return page.put(text, parts)
-
-
-def soak(log: str) -> str:
-    """What `make soak` found: kills survived, and the memory of one process over its many runs."""
-    kills = re.search(r"kills survived (\d+) of (\d+)", log)
-    curve = re.search(r"soak of (\d+) runs, MiB after each: ([\d ]+)", log)
-    assert kills
-    assert curve
-    sizes = curve[2].split()
-    at = [k for k in (1, 2, 5, 10, 20, 50, 100, 150, 200) if k <= len(sizes)]
-    rows = [["MiB", *(sizes[k - 1] for k in at)]]
-    said = f"Kills survived: {kills[1]} of {kills[2]}. One process, {curve[1]} runs in turn, its memory after each:\n\n"
-    return said + tables.markdown(["after run", *map(str, at)], rows)
 
 
 def main() -> None:

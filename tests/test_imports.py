@@ -11,15 +11,17 @@ PACKAGE = Path(__file__).parent.parent / "implicit_bench"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports point down this list. A part may import what is named beside it, itself, and nothing else of ours.
-WORLD = {"clock", "machine", "config", "data", "device", "jsonl", "lock", "log", "mirror", "record", "sync", "terminal"}
+WORLD = {"clock", "machine", "config", "data", "device", "jsonl", "lock", "log", "mirror", "record", "sync", "terminal",
+         "world"}  # fmt: skip
 OURS = {
     "core": set(),
+    "world": {"core"},
     "solvers": {"core"},
     "adjoints": {"core", "solvers"},
-    "models": {"core", "solvers", "adjoints"},
+    "models": {"core", "solvers", "adjoints", "world"},
     "machine": set(),
     "clock": {"machine"},
-    "device": {"machine"},
+    "device": {"machine", "world"},
     "data": {"terminal"},
     "lock": set(),
     "record": set(),
@@ -60,6 +62,7 @@ OURS = {
 }
 THEIRS = {
     "core": {"torch"},
+    "world": {"torch"},
     "solvers": {"torch", "torchdiffeq"},
     "adjoints": {"torch"},
     "models": {"torch"},

@@ -62,12 +62,16 @@ def test_the_classes_and_options_in_the_tables_exist(page):
     assert found >= 8
 
 
-@pytest.mark.parametrize(("command", "words"), COMMANDS)
-def test_every_command_composes(command, words):
-    given = [w for w in shlex.split(words) if w not in ("-m", "plan=true")]
+def compose(command, words):
+    given = [w for w in words if w not in ("-m", "plan=true")]
     rows = papers.sweep(given) if command == "train" else None
     for job in rows or cli._rows(command, cli.split(given))[1].values():
         config.compose(command, job)
+
+
+@pytest.mark.parametrize(("command", "words"), COMMANDS)
+def test_every_command_composes(command, words):
+    compose(command, shlex.split(words))
 
 
 # What a fenced block of a page may be: Python and YAML, each below the name of its file, and lines for a shell.
@@ -160,10 +164,14 @@ def test_every_other_block_is_looked_at():
                     assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.M), line
                 elif program == "python":
                     assert (ROOT / command).is_file(), line
+                elif program == "pip":
+                    extra = words[0].partition("[")[2].rstrip("]")
+                    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(), line
+                elif program == "torchrun":
+                    compose("train", words[words.index("train") + 1 :])
                 else:
                     assert program == "implicit-bench", line
-                    given = [w for w in words if w != "-m"]
-                    config.compose_all(command, config.expand(given))
+                    compose(command, words)
 
 
 def test_commands_were_found():

@@ -67,7 +67,7 @@ class Unroll(Adjoint):
             return s.fixed_point if equilibrium else s.value, bare
 
         z, solution = run(counted)
-        if not bool(fine.all()):
+        if not bool(solve.reduce.whole(fine).all()):  # where the batch is one system, whoever has a part of it
             rest = z0.detach().nan_to_num(0.0, 0.0, 0.0)
             again, second = run(harmless)
             lost = (solution.status == Status.NONFINITE).unsqueeze(1)

@@ -43,9 +43,7 @@ class Residual:
         return (Impatient if self.patience or self.protect else ResidualWatch)(self, reduce)
 
 
-class ResidualWatch:
-    """The score is the residual, relative or absolute as the stop has it."""
-
+class ResidualWatch:  # the score is the residual, relative or absolute as the stop has it
     def __init__(self, stop: Residual, reduce: Reduce):
         self.stop, self.reduce = stop, reduce
         self.score: Tensor | None = None
@@ -79,8 +77,7 @@ class Impatient(ResidualWatch):
         residual, protect, patience = self.residual(state), self.stop.protect, self.stop.patience
         self.score = residual if self.stop.best else None
         if k == 0:
-            numbers = state.z.numel() // len(residual)
-            self.limit = residual * (protect * numbers or torch.inf)
+            self.limit = residual * (protect * self.reduce.numbers(state.z) or torch.inf)
             self.stalled, self.recent = residual.new_zeros(len(residual), dtype=torch.bool), list[Tensor]()
         open_rows = (residual > self.stop.tol) & (residual < math.inf)
         self.stalled = self.stalled | (open_rows & (residual >= self.limit))
@@ -127,9 +124,7 @@ class FixedSteps:
         return ClockWatch(self.t1, Status.REACHED_END, reduce)
 
 
-class ClockWatch:
-    """Ends at t1 or at the cap, whatever the residual."""
-
+class ClockWatch:  # ends at t1 or at the cap, whatever the residual
     score: Tensor | None = None
 
     def __init__(self, t1: float, at_cap: Status, reduce: Reduce):

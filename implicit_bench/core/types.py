@@ -144,7 +144,11 @@ class Reduce:
 
     def rms(self, a: Tensor) -> Tensor:
         """Root mean square, the norm in which ODE solvers measure error, (B, D) -> (R, 1)."""
-        return self.norm(a) / math.sqrt(a.shape[-1] if self.per_sample else a.numel())
+        return self.norm(a) / math.sqrt(self.numbers(a))
+
+    def numbers(self, a: Tensor) -> int:
+        """How many numbers of (B, D) one norm is over."""
+        return a.shape[-1] if self.per_sample else a.numel()
 
     def whole(self, rows: Tensor) -> Tensor:
         """(B,) bool -> (R,): of each row, or of all where the batch is one system."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import sources
 from .augment import flip_and_crop
-from .files import describe, lookup, read
+from .files import Layout, describe, find_layout, lookup, read
+from .mapped import mapped, one_at_a_time
 from .readers import DataError, DataMissing, Raw
 
 
@@ -169,7 +170,13 @@ class Dataset:
         Files that are not there are fetched first if ``fetch``, a receiver of lines of text, is given; else nothing
         touches the network. Raises DataMissing, DataCorrupt.
         """
-        root = Path(root)
+        splits, sha256 = self._splits(Path(root), fetch)
+        train, val, test = (Split(split.x.to(device), split.y.to(device)) for split in splits)
+        return Data(train=train, val=val, test=test, sha256=sha256, pad=self.pad, zoom=self.zoom,
+                    **self._presented(device))  # fmt: skip
+
+    def _splits(self, root: Path, fetch: sources.Report | None) -> tuple[Sequence[Split], str]:
+        """Training, validation and test images, and the hash over all of them."""
         try:
             raw = self.read(root)
         except DataMissing:
@@ -178,16 +185,7 @@ class Dataset:
             self.fetch(root, fetch)
             raw = self.read(root)
         raw = self._checked(raw)
-        train, val = self._split(Split(raw.train_x, raw.train_y))
-        return Data(
-            train=_move(train, device),
-            val=_move(val, device),
-            test=_move(Split(raw.test_x, raw.test_y), device),
-            sha256=_sha256(raw),
-            pad=self.pad,
-            zoom=self.zoom,
-            **self._presented(device),
-        )
+        return (*self._split(Split(raw.train_x, raw.train_y)), Split(raw.test_x, raw.test_y)), _sha256(raw)
 
     def _presented(self, device: torch.device | str) -> dict[str, Any]:
         """What Data is told beside its images."""
@@ -260,16 +258,41 @@ class ImageData(Dataset):
     def fetch(self, root: Path, report: sources.Report) -> None:
         sources.fetch(self.name, root, report)
 
+    def _splits(self, root: Path, fetch: sources.Report | None) -> tuple[Sequence[Split], str]:
+        """Of the jobs of a node one fetches, checks and decodes; the images of all are the same pages of memory."""
+        if not lookup(self.name).download:
+            return super()._splits(root, fetch)
+        if fetch is not None:
+            root.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(root):
+            try:
+                layout = find_layout(self.name, root)
+            except DataMissing:
+                if fetch is None:
+                    raise
+                self.fetch(root, fetch)
+                layout = find_layout(self.name, root)
+            return self._mapped(root, layout)
+
+    def _mapped(self, root: Path, layout: Layout) -> tuple[Sequence[Split], str]:
+        """Named by the files it is made of: one that has changed is read again."""
+        paths = layout.paths(root).values()
+        files = [(path.name, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
+        key = hashlib.sha256(repr((files, self.val_size, self.val_seed)).encode()).hexdigest()[:12]
+
+        def make() -> tuple[Sequence[Tensor], str]:
+            splits, sha256 = super(ImageData, self)._splits(root, None)
+            return [part for split in splits for part in (split.x, split.y)], sha256
+
+        tensors, sha256 = mapped(root / ".mapped" / f"{self.name}-{key}", make)
+        return [Split(x, y) for x, y in zip(tensors[::2], tensors[1::2])], sha256
+
     def describe(self, root: Path) -> dict[str, Any]:
         return describe(self.name, root)
 
 
 def _spelled(array: Tensor) -> str:
     return f"{str(array.dtype).removeprefix('torch.')} {[*array.shape]}"
-
-
-def _move(split: Split, device: torch.device | str) -> Split:
-    return Split(split.x.to(device), split.y.to(device))
 
 
 def _sha256(raw: Raw) -> str:

@@ -14,6 +14,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ..core import Field
+from ..world import stacked
 from .networks import Network
 
 
@@ -153,7 +154,7 @@ class DataMean(nn.Module):
 
     @torch.no_grad()
     def observe(self, z: Tensor) -> None:
-        mean = z.mean(0, keepdim=True)
+        mean = stacked(z.mean(0, keepdim=True)).mean(0, keepdim=True)
         mean = mean if self.scales is None else self.scales.by_channel(mean)
         finite = mean.isfinite().all()  # else recipe.on_nonfinite=skip_step would never get out of one bad batch
         self.batches += finite

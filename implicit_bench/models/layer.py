@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..adjoints import Adjoint, BackwardLog, Solve, Unroll
 from ..adjoints.base import watched
-from ..core import Field, FixedPoint, FixedSteps, OwnLoop, Reduce, Solution, Solver, State, Stop
+from ..core import Field, FixedPoint, FixedSteps, OwnLoop, Solution, Solver, State, Stop
 from ..solvers import Picard
+from ..world import reducer
 from .cells import Cell
 from .inits import Init
 
@@ -99,7 +100,7 @@ class ImplicitLayer(nn.Module):
         if wanted is True and isinstance(solver, OwnLoop):
             raise ValueError(f"stop.per_sample=true is for our own solvers: solver={called(solver)} takes one "
                              "step size for the whole batch; use solver=tsit5 or stop.per_sample=auto")  # fmt: skip
-        self.reduce = Reduce(cell.batch_independent if wanted == "auto" else bool(wanted))
+        self.reduce = reducer(cell.batch_independent if wanted == "auto" else bool(wanted))
         if self.reduce.per_sample and getattr(adjoint, "restarts", False):
             raise ValueError("adjoint.restarts=true needs one step size for the batch; use stop.per_sample=false")
 

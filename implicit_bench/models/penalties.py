@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from ..core import Field, FixedPoint, OwnLoop, Reduce, Solver
+from ..core import Field, FixedPoint, OwnLoop, Solver
 from ..solvers import Bosh3, Tableau, Vcab3
 from ..solvers.runge_kutta import attempt, weighted
+from ..world import first_ones, reducer
 from .layer import ImplicitLayer, LayerOutput, called
 
 Loss = Callable[[Tensor], Tensor]
@@ -118,7 +119,7 @@ class Jacobian(Weighted):
 
     def __call__(self, out: LayerOutput, loss: Loss) -> Tensor:
         value = out.solution.value
-        if self.probability < 1 and float(torch.rand(())) >= self.probability:
+        if self.probability < 1 and float(first_ones(torch.rand((), device=value.device))) >= self.probability:
             return value.new_zeros(())
         z, total = out.z.detach().to(value.dtype).requires_grad_(), value.new_zeros(())
         fz = out.again(z, out.solution.stats.t)
@@ -202,7 +203,9 @@ class LocalError(Weighted):
         assert h is not None  # (R, 1), with R = 1 where the batch is one system
         ended = torch.arange(len(t), device=t.device).unsqueeze(1) >= out.solution.stats.steps  # a row's solve is over
         accepted = (t.diff(dim=0, append=t[-1:]) > 0) & ~ended
-        chance = torch.rand(len(t), len(h), device=t.device).where(accepted[:, : len(h)], -1.0)
+        drawn = torch.rand(len(t), len(h), device=t.device)
+        drawn = drawn if len(h) == len(out.z) else first_ones(drawn)
+        chance = drawn.where(accepted[:, : len(h)], -1.0)
         z, t, h = out.after(chance.argmax(0))
         assert h is not None
         h = h.where(accepted.any(0)[: len(h)].unsqueeze(1), 0.0)  # a row that accepted none has no error
@@ -210,7 +213,7 @@ class LocalError(Weighted):
         new, stages = attempt(tableau, F, Solver.at(F, z, t), h)
         stages.append(F(new, t + h.squeeze(1)))
         e = weighted(tableau.e, stages) * h
-        return self.weight * (h * Reduce(per_sample=len(h) == len(z)).rms(e)).mean()
+        return self.weight * (h * reducer(len(h) == len(z)).rms(e)).mean()
 
 
 def _embedded(solver: Solver) -> Tableau | None:

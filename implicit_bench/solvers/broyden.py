@@ -29,6 +29,7 @@ class Broyden(Solver):
             raise ValueError(f"solver.window={window} must be at least 1, or null for the variant's own")
         if variant not in VARIANTS:
             raise ValueError(f"solver.variant={variant!r} must be correct or paper")
+        self.couples = variant == "paper"  # the samples, whatever the reduction
         self.memory, usual = VARIANTS[variant]
         self.window = window or usual
 
@@ -105,7 +106,7 @@ class Transposed(NamedTuple):
         k, U, V, s, F0 = self
         if k == 0:
             return F, Transposed(1, U, V, F, F)
-        rows, batch = Reduce(per_sample=True), Reduce(per_sample=False)
+        rows, batch = Reduce(per_sample=True), Reduce(per_sample=False) if reduce.per_sample else reduce
         old, slot = min(k - 1, U.shape[1]), (k - 1) % U.shape[1]
         v = rows.combine(rows.dots(V[:, :old], s), U[:, :old]) - s
         p = F - rows.combine(rows.dots(U[:, :old], F), V[:, :old])  # s - H y, since s = -H F0

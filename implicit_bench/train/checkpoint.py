@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..world import world
 
 NAMES = ("last.pt", "previous.pt")
 
@@ -27,7 +29,7 @@ def save(folder: Path, content: dict[str, Any]) -> None:
             previous.unlink(missing_ok=True)
             os.link(last, previous)
 
-    write(last, {**content, "rng": rng_state()}, keep_the_one_before)
+    write(last, {"rng": rng_state(), **content}, keep_the_one_before)
 
 
 def write(path: Path, content: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
@@ -108,9 +110,15 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any], others: Sequence[dict[str, Any]] = ()) -> None:
+    """That of this process, of as many as saved theirs; more processes than that begin with draws of their own."""
+    rank = world().rank
+    if 0 < rank <= len(others):
+        state = others[rank - 1]
     torch.set_rng_state(state["torch"].cpu())
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    if rank > len(others):
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,10 +22,11 @@ from ..data import Data, DataError
 from ..device import Device
 from ..jsonl import Jsonl
 from ..lock import RunLock
-from ..log import Sink
+from ..log import NoSink, Sink
 from ..mirror import sweep
 from ..sync import replay
 from ..terminal import duration, progress, say, share
+from ..world import apart, left_alone, of_first, shareable, started, synchronised, together, world
 from . import CheckpointError, Fit, Interrupted, NonFinite, Step, accuracy_within, budgets, count_flops, evaluate
 from .signals import sigterm_as_ctrl_c
 
@@ -45,12 +49,22 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
     """Train one job, or continue it, or say that it is done. Raises UsageError, RunLocked, RecordError, DataError."""
     began = time.perf_counter()
     device: Device = config.make(job.config["gpu"], "gpu")
+    if started().size > 1 and not device.ddp:
+        raise config.UsageError(f"torchrun has started {started().size} processes of one run; add gpu=ddp, or start "
+                                "it without torchrun")  # fmt: skip
+    if started().size > 1 and job.config["match"] == "time":
+        raise config.UsageError("match=time measures in one process; find the figure without torchrun, and give it")
+    with together(device.begin if started().size > 1 else None, device.torch):
+        return _together(job, words, device, began)
+
+
+def _together(job: config.Composed, words: Sequence[str], device: Device, began: float) -> Outcome:
     cfg = {**job.config, "gpu": device.settings()}
     run_id = record.run_id(cfg)
     runs = Path(cfg["paths"]["runs"])
     name = record.folder_name(cfg["model"]["name"], job.choices["dataset"], cfg["seed"], run_id)
-    folder = record.lookup(runs, run_id) or runs / name
-    if done := _finished(folder, cfg):
+    folder: Path = of_first(lambda: record.lookup(runs, run_id) or runs / name)
+    if done := of_first(lambda: _finished(folder, cfg)):
         return done
     environment = device.environment()
     parts = config.build(cfg)  # what cannot work is said before anything is written
@@ -61,17 +75,24 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
     data = replace(data, val=data.val.first(n), test=data.test.first(n))
     try:
         parts.recipe.total_steps(len(data.train))
+        shareable(parts.model.layer, parts.recipe.batch)
     except ValueError as mistake:
         raise config.UsageError(str(mistake)) from None
     record.writable("paths.runs", runs)
-    with RunLock(folder), sigterm_as_ctrl_c():
-        if done := _finished(folder, cfg):
+    with contextlib.ExitStack() as held:
+        if world().first:
+            held.enter_context(RunLock(folder))
+        held.enter_context(sigterm_as_ctrl_c())
+        if done := of_first(lambda: _finished(folder, cfg)):
             return done
-        rec = _begin(job, cfg, folder)
+        rec = of_first(lambda: _begin(job, cfg, folder))
         rec["environment"] = environment
         _header(job, folder, rec, parts.model.parameter_counts(), words)
-        with contextlib.ExitStack() as files:
-            return _train(parts, data, device, folder, rec, sink, began, files)
+        if (size := world().size) > 1:
+            agreed = "each solved by itself" if parts.model.layer.reduce.per_sample else "what steers is summed"
+            note(f"{size} processes, {parts.recipe.batch // size} images of a batch each: {agreed}")
+        own = folder if world().first else Path(held.enter_context(TemporaryDirectory()))  # what the others write
+        return _train(parts, data, device, folder, own, rec, sink if world().first else NoSink(), began, held)
 
 
 def _finished(folder: Path, cfg: dict[str, Any]) -> Outcome | None:
@@ -104,21 +125,25 @@ def _begin(job: config.Composed, cfg: dict[str, Any], folder: Path) -> dict[str,
     return rec
 
 
-def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: dict[str, Any], sink: Sink,
+def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: Path, rec: dict[str, Any], sink: Sink,
            began: float, files: contextlib.ExitStack) -> Outcome:  # fmt: skip
     cfg, code, error = rec["config"], 1, None
     earlier_s = rec["timing"]["total_s"] or 0.0  # of the sessions before this one
-    alone = machine.Alone()
+    alone = machine.Alone(root=os.getppid() if world().size > 1 else None)
     machine.reset_peak_memory(device.torch)
     try:
         model = device.place(parts.model)
+        if world().size > 1:
+            synchronised(model)
+            if not world().first:  # masks of its own for each one's images
+                torch.manual_seed(int(torch.randint(2**62, ())) + world().rank)
         if device.compile:
             model.layer.cell.compile()
         counts = model.parameter_counts()
         rec["params"] = {"total": sum(counts.values()), "by_part": counts}
         rec["data"] = data.facts()
         step = Step(model, parts.penalties, parts.recipe, device, parts.recipe.total_steps(len(data.train)))
-        jsonl = files.enter_context(contextlib.closing(Jsonl(folder / "metrics.jsonl")))
+        jsonl = files.enter_context(contextlib.closing(Jsonl(own / "metrics.jsonl")))
         fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"],
                   before_table=sink.hold)  # fmt: skip
         resumed = fit.resume(note)
@@ -127,8 +152,8 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
         else:
             rec["resumed_from"] = [*rec["resumed_from"], {"step": resumed, "at": rec["started_at"]}]
             note(f"continuing at step {resumed:,} of {fit.total:,}")
-        record.write_record(folder, rec)
-        config.save(cfg, folder / "config.yaml")
+        record.write_record(own, rec)
+        config.save(cfg, own / "config.yaml")
         sink.start(rec, folder, resume=resumed is not None)
         try:
             fit.run(note)
@@ -136,7 +161,8 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
             _fill(rec, fit)
         _test(rec, model, data, parts.recipe.eval_batch, device)
         x, y = data.batch(data.train, torch.arange(min(parts.recipe.batch, len(data.train)), device=device.torch))
-        rec["flops"]["step"] = count_flops(step, device.images(x), y)
+        with apart():
+            rec["flops"]["step"] = count_flops(step, device.images(x), y)
         code = 0
     except (Interrupted, KeyboardInterrupt):
         code = 130
@@ -145,15 +171,15 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, rec: d
     except (NonFinite, DataError) as problem:
         error = str(problem)
     except Exception as problem:
-        error = machine.told(problem)
-        (folder / "error.txt").write_text(traceback.format_exc())
+        error = left_alone(problem) or machine.told(problem)
+        (own / "error.txt").write_text(traceback.format_exc())
     rec["status"] = {0: "done", 130: "interrupted"}.get(code, "failed")
     rec["error"] = error
     rec["environment"]["alone"] = alone.read()
     rec["memory"]["peak_mib"] = machine.peak_memory_mib(device.torch)
     rec["timing"]["total_s"] = earlier_s + time.perf_counter() - began
     rec["finished_at"] = datetime.now().astimezone().isoformat(timespec="milliseconds")
-    record.write_record(folder, rec)
+    record.write_record(own, rec)
     sink.summary(record.scalars(rec))
     sink.finish(code)
     _closing(code, error, folder, rec)
@@ -244,4 +270,8 @@ def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) ->
         say("train", f"interrupted at step {rec['steps']:,} and saved; the same command continues it", err=True)
     else:
         hint = f" (details in {folder / 'error.txt'})" if (folder / "error.txt").exists() else ""
-        say("failed", f"{folder.name}: {error}{hint}", err=True)
+        if world().first:
+            say("failed", f"{folder.name}: {error}{hint}", err=True)
+        else:  # whose standard error is nowhere
+            with contextlib.redirect_stderr(sys.__stderr__):
+                say("failed", f"{folder.name}: process {world().rank} of {world().size}: {error}", err=True)

@@ -11,6 +11,7 @@ from ..core import FixedSteps
 from ..data import Data, Split
 from ..device import Device
 from ..models import Classifier
+from ..world import gathered, shares
 from .step import Tally
 
 
@@ -19,14 +20,16 @@ def evaluate(model: Classifier, data: Data, split: Split, batch: int, device: De
     """Accuracy, loss and solve statistics on a split, in evaluation mode: Tally.means and status_counts, predict_ms."""
     tally, timer = Tally(), StepTimer(device.torch)
     model.eval()
-    for x, y in data.batches(split, batch):
+    for x, y, counts in shares(data.batches(split, batch)):
         x = device.images(x)
         timer.start()
         with device.autocast():
             out = model(x)
         timer.lap("predict")
-        tally.add(nnf.cross_entropy(out.logits, y), y, out, model.layer.init.calls)
+        if counts:
+            tally.add(nnf.cross_entropy(out.logits, y), y, out, model.layer.init.calls)
     model.train()
+    tally = tally.of_all()
     return {**tally.means(), "status_counts": tally.status_counts(), "predict_ms": timer.drain(wait=True)["predict"]}
 
 
@@ -44,10 +47,11 @@ def accuracy_within(model: Classifier, data: Data, split: Split, batch: int, dev
     """Test accuracy when the layer may apply its cell only so many times; 0 = the head on the start alone."""
     model.eval()
     correct = dict.fromkeys(steps, 0)
-    for x, y in data.batches(split, batch):
+    for x, y, counts in shares(data.batches(split, batch)):
         x = device.images(x)
         with device.autocast():
             for k in steps:
-                correct[k] += int((model.within(x, k).argmax(1) == y).sum())
+                correct[k] += counts * int((model.within(x, k).argmax(1) == y).sum())
     model.train()
-    return {k: c / len(split) for k, c in correct.items()}
+    every = gathered(correct)
+    return {k: sum(each[k] for each in every) / len(split) for k in steps}

@@ -14,6 +14,7 @@ from ..device import Device
 from ..jsonl import Jsonl
 from ..models import Classifier
 from ..terminal import Bar, duration, number, share
+from ..world import any_of, gathered, mine, world
 from . import checkpoint
 from .evaluate import evaluate
 from .recipe import Recipe
@@ -69,21 +70,23 @@ class Fit:
             part.load_state_dict(state)
         self.step.taken, self.step.nonfinite = found["step"], found["nonfinite"]
         self.at = Progress(**found["progress"])
-        self.jsonl.truncate(found["jsonl"])
-        checkpoint.set_rng_state(found["rng"])
+        if world().first:
+            self.jsonl.truncate(found["jsonl"])
+        checkpoint.set_rng_state(found["rng"], found.get("others", ()))
         self.saved_step = self.step.taken
         return self.step.taken
 
     def save(self, tally: Tally | None = None) -> None:
         if tally is not None:
-            tally.settle()
-            self.at.tally = tally.sums
+            self.at.tally = tally.of_all().sums
         self._collect_times()
-        checkpoint.save(self.folder, {
-            "model": self.model.state_dict(), "step_state": [part.state_dict() for part in self.step.stateful],
-            "step": self.step.taken, "nonfinite": self.step.nonfinite, "progress": vars(self.at),
-            "jsonl": self.jsonl.offset(),
-        })  # fmt: skip
+        rng, *others = gathered(checkpoint.rng_state())
+        if world().first:
+            checkpoint.save(self.folder, {
+                "model": self.model.state_dict(), "step_state": [part.state_dict() for part in self.step.stateful],
+                "step": self.step.taken, "nonfinite": self.step.nonfinite, "progress": vars(self.at),
+                "jsonl": self.jsonl.offset(), "rng": rng, "others": others,
+            })  # fmt: skip
         self.saved_step = self.step.taken
 
     def run(self, say: Callable[[str], None], until: int | None = None) -> None:
@@ -104,7 +107,7 @@ class Fit:
         if at.batch == 0:
             at.epoch += 1
         order = data.order(len(data.train), self.seed, at.epoch)
-        tally = Tally(at.tally)
+        tally = Tally(at.tally if world().first else None)
         last_save = time.perf_counter()
         began, first, saving = last_save, step.taken, 0.0
         steps = min(self.steps_an_epoch - at.batch, self.end - step.taken)
@@ -112,7 +115,7 @@ class Fit:
         with closing(stream) as batches:
             for _ in range(steps):
                 self._fetch.start()
-                x, y = next(batches)
+                x, y = mine(*next(batches))
                 x = self.device.images(x)
                 self._fetch.lap("data")
                 task, out = step(x, y)
@@ -124,11 +127,12 @@ class Fit:
                 if step.taken - first == COLD_STEPS:
                     self._warn_if_long((time.perf_counter() - began - at.cold_s) / (COLD_STEPS - 1), say)
                 if step.taken % self.log_steps == 0:
-                    self._row(_named(tally.means()))
-                if asked():
+                    self._row(_named(tally.of_all().means()))
+                stop, due = any_of(asked(), world().first and time.perf_counter() - last_save > self.save_s)
+                if stop:
                     self.save(tally)
                     raise Interrupted
-                if time.perf_counter() - last_save > self.save_s:
+                if due:
                     now = time.perf_counter()
                     self.save(tally)
                     last_save = time.perf_counter()
@@ -136,7 +140,7 @@ class Fit:
         if step.taken < self.total and at.batch < self.steps_an_epoch:
             self.save(tally)  # in the midst of an epoch, which goes on when `run` is called again
             return
-        tally.settle()
+        tally = tally.of_all()
         whole = steps == min(self.steps_an_epoch, self.total)
         self._close_epoch(tally, bar, time.perf_counter() - began - saving if whole else None)
 

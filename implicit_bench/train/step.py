@@ -13,6 +13,7 @@ from ..clock import StepTimer
 from ..core import Stats, Status
 from ..device import Device
 from ..models import Classifier, Output, Penalty
+from ..world import average_gradients, gathered, world
 from .recipe import Recipe
 
 
@@ -52,6 +53,15 @@ class Tally:
             for key, value in values.items():
                 self.sums[key] = self.sums.get(key, 0.0) + float(value)
         self._pending.clear()
+
+    def of_all(self) -> Tally:
+        """The sums over all processes, in each of them."""
+        self.settle()
+        both: dict[str, float] = {}
+        for sums in gathered(self.sums):
+            for key, value in sums.items():
+                both[key] = both.get(key, 0.0) + value
+        return Tally(both)
 
     def means(self) -> dict[str, float]:
         """nfe_forward, nfe_backward, calls_backward, and of these calls those `recorded` and of these VJPs the `narrow`
@@ -117,7 +127,11 @@ class Step:
                 loss = loss + penalty(out.layer, lambda z: nnf.cross_entropy(self.model.head(z), y))
         self.timer.lap("forward")
         self.model.zero_grad(set_to_none=True)
-        loss.backward()
+        if (size := world().size) > 1:
+            (loss / size).backward()
+            loss = average_gradients(self.parameters, loss)
+        else:
+            loss.backward()
         self.timer.lap("backward")
         bound = self.recipe.clip if self.recipe.clip is not None else float("inf")
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])

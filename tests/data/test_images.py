@@ -1,5 +1,6 @@
 """Splits, normalisation, order: ImageData and Data."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def test_sha256_shows_any_change(tiny, tmp_path, part, monkeypatch):
     before = ImageData(**settings).load(tmp_path)
     raw = [t.clone() for t in (before.train.x, before.train.y, before.test.x, before.test.y)]
     raw[part].flatten()[-1] ^= 1
+    shutil.rmtree(tmp_path / ".mapped")
     monkeypatch.setattr("implicit_bench.data.images.read", lambda name, root: Raw(*raw))
     assert ImageData(**settings).load(tmp_path).sha256 != before.sha256
 

@@ -1,0 +1,257 @@
+"""Several processes, one run (torchrun): who this one is, and the sums that they make together.
+
+Each has its rows of every batch. All go through the same steps in the same order, so that each sum meets its partners:
+what decides how a solve goes on must be the same number in all of them, to the bit. A sum of `summed` is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from .core import OwnLoop, Reduce
+
+
+class World(NamedTuple):
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Who writes: the others compute as much and say nothing."""
+        return self.rank == 0
+
+
+_world = World()
+
+
+def world() -> World:
+    return _world
+
+
+def started() -> World:
+    """What torchrun says of this process in its environment."""
+    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def here() -> int:
+    """How many of the processes are on this machine, and share its cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+class Gone(RuntimeError):
+    """Another process of the run has ended before the run has."""
+
+
+def left_alone(error: BaseException) -> str | None:
+    """The sentence for an error that a sum raises when one of its partners is no more; None for any other error."""
+    signs = ("gloo", "nccl", "peer", "timed out", "heartbeat", "broken pipe")
+    if isinstance(error, Gone) or (_world.size > 1 and isinstance(error, RuntimeError)
+                                   and any(sign in str(error).lower() for sign in signs)):  # fmt: skip
+        return (f"another of the {_world.size} processes has ended; what it said stands above, and the same command "
+                "goes on from the last checkpoint")  # fmt: skip
+    return None
+
+
+@contextlib.contextmanager
+def together(begin: Callable[[], Any] | None, device: torch.device) -> Iterator[World]:
+    """Within, the processes that torchrun has started are one run: by nccl on GPUs, by gloo on CPUs. Only the first
+    says anything. `begin` gives this process its GPU, before that. Raises Gone."""
+    global _world
+    if started().size == 1 or begin is None:
+        yield _world
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as mute:
+        if started().rank:
+            mute.enter_context(contextlib.redirect_stdout(nowhere))
+            mute.enter_context(contextlib.redirect_stderr(nowhere))
+        begin()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _world = started()
+        try:
+            yield _world
+        except RuntimeError as problem:
+            if sentence := left_alone(problem):
+                raise Gone(sentence) from None
+            raise
+        finally:
+            _world = World()
+            dist.destroy_process_group()
+
+
+def shareable(layer: Any, batch: int) -> None:
+    """Raises ValueError where the processes of this run could not share a training of this layer."""
+    size = _world.size
+    if size == 1:
+        return
+    if batch % size:
+        raise ValueError(f"recipe.batch={batch} cannot be shared out evenly by {size} processes; make it a multiple")
+    if isinstance(layer.solver, OwnLoop):
+        raise ValueError(f"solver={type(layer.solver).__name__} steers by the images of its own process alone; with "
+                         f"{size} processes use one of ours, such as solver=tsit5")  # fmt: skip
+    if layer.adjoint.needs_end_time:
+        raise ValueError("adjoint=backsolve is steered by all images and parameters as one system, which is not summed "
+                         f"over processes; with {size} of them use adjoint=unroll or adjoint=ift")  # fmt: skip
+    if getattr(layer.solver, "couples", False) and layer.reduce.per_sample:
+        raise ValueError("solver.variant=paper couples the images of its own process alone; use stop.per_sample=false")
+
+
+def mine(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """This process's rows of each, as many as any other's."""
+    rank, size = _world
+    return tuple(a[rank * len(a) // size : (rank + 1) * len(a) // size] for a in tensors) if size > 1 else tensors
+
+
+def shares(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """This process's rows of each batch (x, y); one that cannot be shared out is for all, and counts in the first."""
+    for x, y in batches:
+        if len(y) % _world.size:
+            first = _world.first
+            with apart():
+                yield x, y, first
+        else:
+            x, y = mine(x, y)
+            yield x, y, True
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Within, this process computes for itself: what it holds is the whole batch."""
+    global _world
+    before, _world = _world, World()
+    try:
+        yield
+    finally:
+        _world = before
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        a = a.contiguous().clone()
+        dist.all_reduce(a)
+        return a
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return summed(g)  # every process's loss has its part in every process's sum
+
+
+def summed(a: Tensor) -> Tensor:
+    """The sum over all processes, in each of them; differentiable any number of times."""
+    return _Sum.apply(a) if _world.size > 1 else a
+
+
+def stacked(a: Tensor) -> Tensor:
+    """(1, ...) of each process -> (processes, ...), in each of them."""
+    rank, size = _world
+    return summed(nnf.pad(a, (0, 0) * (a.dim() - 1) + (rank, size - 1 - rank)))
+
+
+def first_ones(a: Tensor) -> Tensor:
+    """What the first process drew, so that a draw that decides for the whole batch is one."""
+    if _world.size > 1:
+        dist.broadcast(a, 0)
+    return a
+
+
+def gathered(each: Any) -> list[Any]:
+    """A plain object of each process, in each of them."""
+    if _world.size == 1:
+        return [each]
+    found: list[Any] = [None] * _world.size
+    dist.all_gather_object(found, each)
+    return found
+
+
+def of_first(make: Callable[[], Any]) -> Any:
+    """What the first process makes of it, in each of them."""
+    return gathered(make() if _world.first else None)[0]
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """Of each flag, whether some process has set it."""
+    if _world.size == 1:
+        return list(flags)
+    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return [count > 0 for count in summed(torch.tensor(flags, dtype=torch.float32, device=kind)).tolist()]
+
+
+class Across(Reduce):
+    """The batch as one system, of which each process has as many rows. One sum over the processes for each."""
+
+    def __init__(self) -> None:
+        super().__init__(per_sample=False)
+
+    def norm(self, a: Tensor) -> Tensor:
+        # a norm of norms: no square that overflows where the norm does not, and its derivative at zero is a zero
+        return torch.linalg.vector_norm(stacked(super().norm(a)), dim=0, keepdim=True)
+
+    def numbers(self, a: Tensor) -> int:
+        return a.numel() * _world.size
+
+    def whole(self, rows: Tensor) -> Tensor:
+        return summed((~rows).sum().float()).eq(0).unsqueeze(0)
+
+    def products(self, V: Tensor, W: Tensor) -> Tensor:
+        return summed(super().products(V, W))
+
+
+def reducer(per_sample: bool) -> Reduce:
+    """One for a solve of this run; where every row is solved by itself there is nothing to agree on."""
+    return Reduce(True) if per_sample else Across() if _world.size > 1 else Reduce(False)
+
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    """torch's, whose batch is that of all processes: one sum over them, and one more in the backward.
+
+    torch's own SyncBatchNorm is for GPUs only, and cannot be differentiated twice.
+    """
+
+    def forward(self, a: Tensor) -> Tensor:
+        own = self.training or self.running_mean is None or self.running_var is None
+        if _world.size == 1 or not own:
+            return super().forward(a)
+        variance, mean = torch.var_mean(a, (0, 2, 3), correction=0)
+        means, variances = stacked(torch.stack([mean, variance]).unsqueeze(0)).unbind(1)
+        mean = means.mean(0)
+        variance = (variances + (means - mean).square()).mean(0)
+        if self.training and self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            self.num_batches_tracked += 1
+            n = a.numel() // a.shape[1] * _world.size
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_((variance * (n / (n - 1))).to(self.running_var.dtype), self.momentum)
+        scale = (variance + self.eps).rsqrt() * self.weight
+        shift = self.bias - mean * scale
+        return a * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+def synchronised(model: torch.nn.Module) -> None:
+    """Batch statistics of a model are from now on those of all processes' images."""
+    for module in model.modules():
+        if type(module) is torch.nn.BatchNorm2d:
+            module.__class__ = BatchNorm2d
+
+
+def average_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
+    """The gradients of each process's own loss become, in place, that of the mean loss, which is returned.
+
+    Each process has scaled its loss by 1 / processes before it went backward. One sum, of all parameters at once.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    loss = loss.detach() / _world.size
+    whole = torch.cat([*(g.flatten() for g in grads), loss.reshape(1).to(grads[0].dtype)])
+    dist.all_reduce(whole)
+    *parts, loss = whole.split([*(g.numel() for g in grads), 1])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+    return loss.squeeze()
