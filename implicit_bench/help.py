@@ -35,7 +35,7 @@ everyday keys (default)
   network= init= solver= stop= adjoint= penalty=[...]
   dataset=NAME (digits)     seed=N (0)                  length=full|short|smoke (full)
   stop.tol=X (0.01)         recipe.epochs=N (20)        recipe.batch=N (32)     recipe.lr=X (0.001)
-  gpu=auto|cpu|cuda (auto)  gpu.dtype=float32|float64|bfloat16 (float32)        force=true (false) runs a done run again
+  gpu=auto|cpu|cuda|ddp (auto)  gpu.dtype=float32|float64|bfloat16 (float32)    force=true (false) runs a done run again
   paths.runs=DIR (runs)     paths.data=DIR (data)       logger=wandb|none (wandb, offline without a key)
 
   plan=true  what would run, and for how long            -q no progress               format=text|md|csv|json of tables

@@ -36,19 +36,19 @@ def test_a_sweep_by_the_local_executor(tmp_path):
 
 def test_at_the_end_of_its_time_a_run_saves_and_goes_back_into_the_queue(tmp_path):
     """submitit's job gets the signal that SLURM would send, and is submitted again by its handler."""
-    undisturbed = jobs.run(tmp_path / "undisturbed", "model=explicit", "recipe.epochs=15")
-    words = ["model=explicit", "seed=0", "recipe.epochs=15", "gpu.threads=1", *LOCAL]
+    undisturbed = jobs.run(tmp_path / "undisturbed", "model=deq", "recipe.epochs=30")
+    words = ["model=deq", "seed=0", "recipe.epochs=30", "gpu.threads=1", *LOCAL]
     sweep = start(tmp_path, *words)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/explicit-*/last.pt")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("runs/deq-*/last.pt")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    (lock,) = tmp_path.glob("runs/explicit-*/run.lock")
+    (lock,) = tmp_path.glob("runs/deq-*/run.lock")
     os.kill(json.loads(lock.read_text())["pid"], 12)  # SIGUSR2
     out, err = sweep.communicate(timeout=240)
     (rec,) = records(tmp_path).values()
     assert rec["status"] == "done", err
     assert len(rec["resumed_from"]) == 1
-    (folder,) = tmp_path.glob("runs/explicit-*")
+    (folder,) = tmp_path.glob("runs/deq-*")
     assert jobs.same_weights(folder, undisturbed.folder)
     assert "1 jobs: 1 done" in out
 
