@@ -57,7 +57,7 @@ class Sweep:
         numbers = sorted(int(name[:-5]) for name in os.listdir(self.folder) if name[:-5].isdigit())
         found = {number: ended.get(number) or self._read(str(number)) for number in numbers}
         told = {number: said for number, said in found.items() if said}
-        ended.update({number: said for number, said in told.items() if said["state"] != RUNNING})
+        ended.update({number: said for number, said in told.items() if said["state"] not in (RUNNING, "interrupted")})
         return told
 
     def announce(self, number: int, words: Sequence[str]) -> None:
@@ -76,6 +76,7 @@ class Sweep:
 
     def close(self) -> int:
         """Print what became of every job, and remove the folder; how many failed, lost ones among them."""
+        _ended.pop(str(self.folder), None)
         plan, told = self.plan, {number: {**said} for number, said in self.told().items()}
         _ended.pop(str(self.folder), None)
         for said in told.values():
