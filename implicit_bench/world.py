@@ -61,11 +61,11 @@ def left_alone(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def together(begin: Callable[[], Any] | None, device: torch.device) -> Iterator[World]:
+def together(begin: Callable[[], Any], device: torch.device) -> Iterator[World]:
     """Within, the processes that torchrun has started are one run: by nccl on GPUs, by gloo on CPUs. Only the first
     says anything. `begin` gives this process its GPU, before that. Raises Gone."""
     global _world
-    if started().size == 1 or begin is None:
+    if started().size == 1:
         yield _world
         return
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as mute:

@@ -44,13 +44,17 @@ def peaks(rows: Sequence[Row], weights: Sequence[Path | None]) -> tuple[list[Pea
                            env=env) as process):  # fmt: skip
         assert process.stdin
         assert process.stdout
-        with suppress(BrokenPipeError):  # it has ended before it read all: what it did not measure is told below
-            process.stdin.write(asked)
-            process.stdin.close()
-        for line in process.stdout:
-            if line.startswith("{"):
-                found.append(json.loads(line))
-                bar.at(len(found))
+        try:
+            with suppress(BrokenPipeError):  # it has ended before it read all: what it did not measure is told below
+                process.stdin.write(asked)
+                process.stdin.close()
+            for line in process.stdout:
+                if line.startswith("{"):
+                    found.append(json.loads(line))
+                    bar.at(len(found))
+        except BaseException:
+            process.kill()
+            raise
     found += [{"error": "the process that measures memory ended early"}] * (len(rows) - len(found))
     failed = {row.label: str(f["error"]) for row, f in zip(rows, found) if "error" in f}
     return [NOTHING if "error" in f else f for f in found], failed

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from .augment import flip_and_crop
 from .files import Layout, describe, find_layout, lookup, read
 from .mapped import mapped, one_at_a_time
 from .readers import DataError, DataMissing, Raw
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -177,15 +180,18 @@ class Dataset:
 
     def _splits(self, root: Path, fetch: sources.Report | None) -> tuple[Sequence[Split], str]:
         """Training, validation and test images, and the hash over all of them."""
+        raw = self._checked(self._fetched(self.read, root, fetch))
+        return (*self._split(Split(raw.train_x, raw.train_y)), Split(raw.test_x, raw.test_y)), _sha256(raw)
+
+    def _fetched(self, look: Callable[[Path], T], root: Path, fetch: sources.Report | None) -> T:
+        """`look(root)`, the files being fetched where they are missing and `fetch` is given. Raises DataMissing."""
         try:
-            raw = self.read(root)
+            return look(root)
         except DataMissing:
             if fetch is None:
                 raise
             self.fetch(root, fetch)
-            raw = self.read(root)
-        raw = self._checked(raw)
-        return (*self._split(Split(raw.train_x, raw.train_y)), Split(raw.test_x, raw.test_y)), _sha256(raw)
+            return look(root)
 
     def _presented(self, device: torch.device | str) -> dict[str, Any]:
         """What Data is told beside its images."""
@@ -265,14 +271,7 @@ class ImageData(Dataset):
         if fetch is not None:
             root.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(root):
-            try:
-                layout = find_layout(self.name, root)
-            except DataMissing:
-                if fetch is None:
-                    raise
-                self.fetch(root, fetch)
-                layout = find_layout(self.name, root)
-            return self._mapped(root, layout)
+            return self._mapped(root, self._fetched(partial(find_layout, self.name), root, fetch))
 
     def _mapped(self, root: Path, layout: Layout) -> tuple[Sequence[Split], str]:
         """Named by the files it is made of: one that has changed is read again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -52,9 +53,7 @@ def _read(folder: Path) -> tuple[list[Tensor], str]:
     index: dict[str, Any] = json.loads((folder / "index.json").read_text())
     found = []
     for k, (dtype, shape) in enumerate(index["tensors"]):
-        kind, size = getattr(torch, dtype), 1
-        for n in shape:
-            size *= n
+        kind, size = getattr(torch, dtype), math.prod(shape)
         path = folder / str(k)
         if path.stat().st_size != size * kind.itemsize:
             raise ValueError(f"{path} is not whole")

@@ -76,8 +76,7 @@ class Sweep:
 
     def close(self) -> int:
         """Print what became of every job, and remove the folder; how many failed, lost ones among them."""
-        _ended.pop(str(self.folder), None)
-        plan, told = self.plan, {number: {**said} for number, said in self.told().items()}
+        plan, told = self.plan, self.told()
         _ended.pop(str(self.folder), None)
         for said in told.values():
             if said["state"] == RUNNING:

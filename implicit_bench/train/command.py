@@ -54,7 +54,7 @@ def train(job: config.Composed, words: Sequence[str] = ()) -> Outcome:
                                 "it without torchrun")  # fmt: skip
     if started().size > 1 and job.config["match"] == "time":
         raise config.UsageError("match=time measures in one process; find the figure without torchrun, and give it")
-    with together(device.begin if started().size > 1 else None, device.torch):
+    with together(device.begin, device.torch):
         return _together(job, words, device, began)
 
 
