@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import jobs
 import pytest
 import yaml
+from test_log import inspect
 
 from implicit_bench import __version__, cli, config, machine, schema
 from implicit_bench.cli import COMMANDS, HELP, USAGE, main
@@ -433,18 +434,12 @@ def test_a_default_run_leaves_all_it_promises_and_wandb_can_be_read(tmp_path):
     assert re.search(r"^ epoch .*\n +1 .*\n +2 ", err, re.M), "a table of its own, with nothing said within"
     offline = folder / "wandb" / "latest-run"
 
-    def inspect(*options):
-        done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", offline],
-                              check=False, cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    found = json.loads(inspect("--summary"))
+    found = json.loads(inspect(offline, "--summary"))
     assert (found["run_id"], found["state"], found["exit_code"]) == (rec["run_id"], "finished", 0)
     assert found["config"] == {key: value for key, value in rec["config"].items() if value != {}}
     assert found["summary"]["metrics/test_acc"] == rec["metrics"]["test_acc"]
     assert found["summary"]["timing/step_ms"] == rec["timing"]["step_ms"]["median"]
-    history = [json.loads(line)["history"]["item"] for line in inspect().splitlines() if '"history"' in line]
+    history = [json.loads(line)["history"]["item"] for line in inspect(offline).splitlines() if '"history"' in line]
     history = [row for row in history if "metrics/train_loss" in row]
     assert [row["step"] for row in history] == [20, 39, 40, 60, 78]
     known = {slashed(metric.key) for metric in METRICS} | {"step", "epoch", "lr"}
