@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from ..world import world
+
 
 class Interrupted(Exception):
     """A signal asked for the end: the step was finished and the state saved."""
@@ -68,6 +70,10 @@ def finishing_on_signals() -> Iterator[Callable[[], bool]]:
     before = {s: signal.signal(s, note) for s in caught}
     try:
         yield asked.is_set
+    except BaseException:
+        if world().size > 1 and signal.SIGTERM in before:  # torchrun's to all when one has ended: that is being told
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
