@@ -1,28 +1,19 @@
-"""From words on the command line to objects. Only this file and cli.py import Hydra; no component reads a config."""
+"""From words on the command line to objects. No component reads a config."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .schema import (
-    GROUPS,
-    LAUNCHERS,
-    PLAIN,
-    UsageError,
-    check,
-    config_dir,
-    first_line,
-    locate,
-    nearest,
-    no_key,
-    plural,
-    sources,
-)  # fmt: skip
+from .mistakes import check_word, explain, keys_of
+from .schema import PLAIN, UsageError, check, config_dir, first_line, no_key, sources
+
+# our file of this name has the keys of the plugin's own, and defaults that its jobs need
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/ray' is validated against ConfigStore schema")
 
 
 @dataclass
@@ -119,6 +110,21 @@ def resolved(cfg: Any, choices: dict[str, str], overrides: Sequence[str] = ()) -
     return Composed(config, choices, list(overrides))
 
 
+def launcher(overrides: Sequence[str], search: Sequence[str] = ()) -> dict[str, Any]:
+    """hydra.launcher, as the words that are Hydra's own choose and change it."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    with _hydra(search):
+        try:
+            cfg = hydra.compose("train", list(overrides), return_hydra_config=True).hydra.launcher
+            return dict(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UsageError(f"{' '.join(overrides)} cannot be: {first_line(error)}") from None
+
+
 def save(config: dict[str, Any], path: Path) -> None:
     """The resolved config as YAML, for a reader's eyes."""
     from omegaconf import OmegaConf
@@ -143,11 +149,11 @@ def _compose(command: str, overrides: Sequence[str]) -> Composed:
 
     words = parse(overrides)
     for o in words:
-        _check_word(o)
+        check_word(o)
     try:
         cfg = hydra.compose(command, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(command, words, error)) from None
+        raise UsageError(explain(command, words, error)) from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"a file of --config-dir is no YAML: {' '.join(str(error).split())}") from None
     choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if not k.startswith("hydra/") and v is not None}
@@ -155,9 +161,11 @@ def _compose(command: str, overrides: Sequence[str]) -> Composed:
         del cfg["hydra"]
     job = resolved(cfg, choices, overrides)
     for o in words:  # components and top-level keys have been checked, but who would read +protocol.foo?
+        if o.key_or_group.startswith("hydra."):  # which Hydra's own parts read
+            continue
         head = job.config.get(o.key_or_group.partition(".")[0])
         if o.is_add() and o.key_or_group not in PLAIN and "_target_" not in (head if isinstance(head, dict) else ()):
-            raise UsageError(no_key(o.key_or_group, _keys_of(command)))
+            raise UsageError(no_key(o.key_or_group, keys_of(command)))
     return job
 
 
@@ -191,100 +199,6 @@ class _hydra:
 
         self.context.__exit__(*exc)
         GlobalHydra.instance().hydra = self.around
-
-
-# ---------------------------------------------------------------------------------------------------- mistakes
-
-
-LISTS = ("milestones", "mean", "std", "channels", "head", "allow_targets")  # keys whose value is one
-
-
-def _check_word(o: Any) -> None:
-    """Refuse what Hydra would take in silence, or refuse in several lines."""
-    name, shown = o.key_or_group, o.input_line.partition("=")[2]
-    if name == "penalty" and o.is_sweep_override() and o.is_choice_sweep():
-        raise UsageError(f"{o.input_line!r} names several values: penalty=[{shown}] is all of them together, -m is one "
-                         "run each")  # fmt: skip
-    if o.is_sweep_override() and name.rpartition(".")[2] in LISTS:
-        raise UsageError(f"{name} is a list; write {name}=[{shown}]")
-    if o.is_sweep_override():
-        raise UsageError(f"{o.input_line!r} names several values: add -m for one run each, or quote a comma")
-    if name == "dataset.name":
-        raise UsageError(f"{o.input_line!r} would be another data set under this one's name; write dataset={shown}")
-    if o.is_delete():
-        raise UsageError(f"cannot leave {name!r} out; write {name}=value")
-    options = _options(name)
-    if (name not in (*GROUPS, "tune") and not options) or isinstance(o.value(), dict):
-        return
-    if o.is_add():
-        raise UsageError(f"{name} is there already; write {name}={shown} without a plus sign")
-    choices = o.value() if name == "penalty" and isinstance(o.value(), list) else [o.value()]
-    for choice in choices:
-        if name == "hydra/launcher" and choice in LAUNCHERS and LAUNCHERS[choice].plugin not in options:
-            raise UsageError(LAUNCHERS[choice].missing)
-        if choice not in options:
-            word = choice if isinstance(choice, str) else shown
-            more = f" (implicit-bench list {plural(name)})" if name in GROUPS else ""
-            raise UsageError(f"no {name} {word!r}{nearest(word, options)}{more}")
-
-
-def _options(group: str) -> list[str]:
-    """The files of a group, those one folder down included; none if there is no such group."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    if "." in group or "@" in group:
-        return []
-    loader = GlobalHydra.instance().config_loader()
-    below = [f"{sub}/{name}" for sub in loader.list_groups(group)
-             for name in loader.get_group_options(f"{group}/{sub}")]  # fmt: skip
-    return [name.removesuffix(".yaml") for name in [*loader.get_group_options(group), *below]]
-
-
-def _explain(command: str, words: Sequence[Any], error: Exception) -> str:
-    """Which of the overrides Hydra stumbled over, in one sentence."""
-    choices = [o.input_line for o in words if _options(o.key_or_group)]
-    try:
-        known = _keys_of(command, choices)
-    except Exception:  # one of the choices, then
-        known = _keys_of(command)
-    for o in words:
-        fine = o.is_add() or o.key_or_group in known or o.key_or_group.startswith("hydra")
-        fine = fine or (o.input_line in choices and f"'{o.key_or_group}'" not in str(error))  # length, experiment
-        if not fine and _takes(command, choices, o.key_or_group):
-            remedy = f"its class takes it, but its file does not say it: write +{o.input_line}"
-            return f"no key {o.key_or_group!r}; {remedy}"
-        if not fine:
-            return no_key(o.key_or_group, known)
-    return first_line(error)
-
-
-def _takes(command: str, choices: Sequence[str], key: str) -> bool:
-    """Is it an argument of the component's class, though the component's file leaves it to its default?"""
-    import hydra
-
-    group, _, argument = key.partition(".")
-    try:
-        node = hydra.compose(command, [*choices])[group]
-        return argument in inspect.signature(locate(node["_target_"], group, [str(node["_target_"])])).parameters
-    except Exception:  # nothing that could be looked into
-        return False
-
-
-def _keys_of(command: str, overrides: Sequence[str] = ()) -> list[str]:
-    import hydra
-
-    return list(_keys(hydra.compose(command, list(overrides))))
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    from omegaconf import DictConfig, OmegaConf
-
-    for key in node:
-        yield f"{prefix}{key}"
-        if not OmegaConf.is_interpolation(node, key) and isinstance(node._get_node(key), DictConfig):
-            child = node._get_node(key)
-            if not child._is_none() and not child._is_missing():
-                yield from _keys(child, f"{prefix}{key}.")
 
 
 # ------------------------------------------------------------------------------------------------- components

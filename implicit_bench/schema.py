@@ -51,16 +51,12 @@ class Launcher(NamedTuple):
     """What runs the jobs of a sweep elsewhere, of a package that not everybody has."""
 
     extra: str
-    plugin: str  # the file of hydra/launcher that its package brings
-
-    @property
-    def missing(self) -> str:
-        return f"hydra/launcher={self.plugin} needs an extra: pip install 'implicit-bench[{self.extra}]'"
+    plugin: str  # a file of hydra/launcher that its package brings
 
 
 LAUNCHERS = {"joblib": Launcher("joblib", "joblib"), "submitit_local": Launcher("submitit", "submitit_local"),
              "submitit_slurm": Launcher("submitit", "submitit_slurm"), "slurm": Launcher("submitit", "submitit_slurm"),
-             "ray": Launcher("ray", "ray")}  # fmt: skip
+             "ray": Launcher("ray", "ray_aws")}  # fmt: skip
 
 
 def files(group: str, search: Sequence[str | Path] = ()) -> dict[str, Path]:

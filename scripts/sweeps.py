@@ -26,7 +26,7 @@ from implicit_bench.report import tables
 
 SHORT = ("recipe.max_steps=2", "logger=none", "gpu.threads=1")
 JOB = ("model=skip_deq", "recipe.epochs=2", "logger=none")
-LAUNCHERS = {"basic": [], "joblib": ["hydra.launcher.n_jobs=2"], "ray": []}  # where it is there
+LAUNCHERS = {"basic": [], "joblib": ["hydra.launcher.n_jobs=2"], "ray": ["hydra.launcher.ray.init.log_to_driver=false"]}
 PLUGIN = {"joblib": "hydra_plugins.hydra_joblib_launcher", "ray": "hydra_plugins.hydra_ray_launcher"}
 WATCH = """
 import sys, time

@@ -43,7 +43,8 @@ MISTAKES = {
     "train solver.rtol=1e-3": "no key 'solver.rtol'; solver has window, variant",
     "train network=dense network.channels=[1]": "no key 'network.channels'; network has hidden, untied",
     "train -m hydra/launcher=joblb": "no hydra/launcher 'joblb'; ",
-    "train -m hydra/launcher=ray": "hydra/launcher=ray needs an extra: pip install 'implicit-bench[ray]'",
+    "train -m hydra/launcher=ray hydra.launcher.ray.init.adress=x":
+        "no key 'hydra.launcher.ray.init.adress'; nearest: hydra.launcher.ray.init.address",
     "train plan=maybe": "plan='maybe' is not possible; there are: true, false",
     "bench model=deq,cdqe": "no model 'cdqe'; nearest: cdeq",
     "data dataset=cifar": "no dataset 'cifar'; nearest: cifar10",

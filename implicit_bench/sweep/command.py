@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -40,12 +41,20 @@ def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: W
     given = {o.partition("=")[0]: o.partition("=")[2] for o in words.overrides}
     record.writable("paths.runs", runs)
     folder = Path(given.get("hydra.sweep.dir") or runs / ".sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    board = Sweep(folder.absolute())
-    board.begin(jobs, paired)
+    board, launcher = Sweep(folder.absolute()), given.get("hydra/launcher", "basic")
     own = [o for o in words.overrides if not paired or o.startswith(("hydra.", "hydra/"))]
     own = [*own, f"+job=range({len(jobs or ())})"] if paired else own
     own = [*own, f"hydra.sweep.dir='{board.folder}'"] if "hydra.sweep.dir" not in given else own
-    launcher = given.get("hydra/launcher", "basic")
+    with contextlib.ExitStack() as held:
+        if launcher == "ray":
+            from .cluster import connected
+
+            own += held.enter_context(connected(words.overrides, words.search, runs))
+        board.begin(jobs, paired)
+        return _launched(board, launcher, words, own)
+
+
+def _launched(board: Sweep, launcher: str, words: Words, own: Sequence[str]) -> int:
     try:
         with board.watched(here=launcher == "basic"):
             hand_over("train", words, ["--multirun", *own], train_task)
@@ -88,11 +97,13 @@ def train_task(cfg: Any) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from .. import config, match
-    from ..lock import RunLocked
+    from ..lock import BEAT_S, SILENCE_S, RunLocked
     from ..train.command import Outcome, train
     from ..train.signals import tell_queue
 
     runtime, began = HydraConfig.get(), time.perf_counter()
+    with contextlib.suppress(OSError):  # a worker of a cluster began elsewhere
+        os.chdir(runtime.runtime.cwd)
     search = [source.path for source in runtime.runtime.config_sources if source.provider == "command-line"]
     sweep, number = Sweep(Path(runtime.sweep.dir)), runtime.job.num
     own = sweep.own_words(number)
@@ -111,9 +122,19 @@ def train_task(cfg: Any) -> float | None:
         outcomes.append(train(match.one(given, search), words))
         return outcomes[0].exit_code
 
+    def in_turn() -> int:
+        until = time.monotonic() + (SILENCE_S + 2 * BEAT_S if again else 0)
+        while True:
+            try:
+                return job()
+            except RunLocked:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(BEAT_S)
+
     def telling() -> int:
         try:
-            return job()
+            return in_turn()
         except RunLocked:
             ended["state"] = "elsewhere"
             raise
@@ -121,6 +142,7 @@ def train_task(cfg: Any) -> float | None:
             ended.update(state="failed", error=str(problem) or type(problem).__name__)
             raise
 
+    again = number in sweep.told()  # its worker has died, and on another machine its lock outlives it for a while
     sweep.announce(number, words)
     try:
         code = guarded(telling)
