@@ -32,9 +32,9 @@ def check_word(o: Any) -> None:
         raise UsageError(f"{name} is there already; write {name}={shown} without a plus sign")
     choices = o.value() if name == "penalty" and isinstance(o.value(), list) else [o.value()]
     for choice in choices:
-        if name == "hydra/launcher" and choice in LAUNCHERS and LAUNCHERS[choice].plugin not in options:
-            extra = LAUNCHERS[choice].extra
-            raise UsageError(f"hydra/launcher={choice} needs an extra: pip install 'implicit-bench[{extra}]'")
+        launcher = LAUNCHERS.get(str(choice)) if name == "hydra/launcher" else None
+        if launcher and launcher.plugin not in options:
+            raise UsageError(f"{name}={choice} needs an extra: pip install 'implicit-bench[{launcher.extra}]'")
         if choice not in options:
             word = choice if isinstance(choice, str) else shown
             more = f" (implicit-bench list {plural(name)})" if name in GROUPS else ""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from .core import OwnLoop, Reduce
+from .schema import first_line
 
 
 class World(NamedTuple):
@@ -55,8 +56,9 @@ def left_alone(error: BaseException) -> str | None:
     signs = ("gloo", "nccl", "peer", "timed out", "heartbeat", "broken pipe")
     if isinstance(error, Gone) or (_world.size > 1 and isinstance(error, RuntimeError)
                                    and any(sign in str(error).lower() for sign in signs)):  # fmt: skip
-        return (f"another of the {_world.size} processes has ended; what it said stands above, and the same command "
-                "goes on from the last checkpoint")  # fmt: skip
+        more = "" if isinstance(error, Gone) else f" ({first_line(error)})"
+        return (f"another of the {_world.size} processes has ended, or cannot be reached{more}; what it said stands "
+                "above, and the same command goes on from the last checkpoint")  # fmt: skip
     return None
 
 
@@ -79,7 +81,7 @@ def together(begin: Callable[[], Any], device: torch.device) -> Iterator[World]:
             yield _world
         except RuntimeError as problem:
             if sentence := left_alone(problem):
-                raise Gone(sentence) from None
+                raise Gone(sentence) from problem
             raise
         finally:
             _world = World()
@@ -101,6 +103,13 @@ def shareable(layer: Any, batch: int) -> None:
                          f"over processes; with {size} of them use adjoint=unroll or adjoint=ift")  # fmt: skip
     if getattr(layer.solver, "couples", False) and layer.reduce.per_sample:
         raise ValueError("solver.variant=paper couples the images of its own process alone; use stop.per_sample=false")
+    norms = [module for module in layer.modules() if type(module) is torch.nn.BatchNorm2d]
+    if norms and layer.solver.needs_map:
+        raise ValueError(f"solver={type(layer.solver).__name__} differentiates the cell forward, and the sums of its "
+                         "batch statistics over processes cannot be; use another solver, or a network without")
+    if any(not norm.affine or norm.momentum is None for norm in norms):
+        raise ValueError("a BatchNorm2d without weight and bias, or without momentum, is not shared by processes; "
+                         "give it both")  # fmt: skip
 
 
 def mine(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -210,7 +219,8 @@ def reducer(per_sample: bool) -> Reduce:
 
 
 def _statistics(a: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, C, H, W) of each process -> mean and variance (C,) of all; differentiable."""
+    """(B, C, H, W) of each process -> mean and variance (C,) of all, in float32 at least; differentiable."""
+    a = a.to(torch.promote_types(a.dtype, torch.float32))
     if a.device.type == "cpu" and not torch.is_grad_enabled():  # some five times as fast
         mean, variance = torch.batch_norm_update_stats(a, None, None, 0.0)
     else:
@@ -240,7 +250,7 @@ class _Normalised(torch.autograd.Function):
             mean, variance = _statistics(a)
             scale = (variance + ctx.eps).rsqrt() * weight
             y = a * scale.view(1, -1, 1, 1) + (bias - mean * scale).view(1, -1, 1, 1)
-            found = iter(torch.autograd.grad(y, some, g, create_graph=True))
+            found = iter(torch.autograd.grad(y.to(g.dtype), some, g, create_graph=True))
             return (*(next(found) if p.requires_grad else None for p in (a, weight, bias)), None)
         back, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             g, a, weight, mean, variance, None, None, False, ctx.eps, [True] * 3)  # fmt: skip
@@ -248,8 +258,9 @@ class _Normalised(torch.autograd.Function):
         by_weight, by_bias = summed(torch.stack([of_weight, of_bias])) / numbers
         inverse = (variance + ctx.eps).rsqrt()
         slope = inverse.square() * weight * by_weight  # through the variance; the rest, through the mean
-        back.sub_((inverse * weight * by_bias - mean * slope).view(1, -1, 1, 1))
-        return back.addcmul_(a, slope.view(1, -1, 1, 1), value=-1), of_weight, of_bias, None
+        shift = inverse * weight * by_bias - mean * slope
+        back.sub_(shift.to(back.dtype).view(1, -1, 1, 1))
+        return back.addcmul_(a, slope.to(a.dtype).view(1, -1, 1, 1), value=-1), of_weight, of_bias, None
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):

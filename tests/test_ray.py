@@ -64,6 +64,22 @@ def test_a_sweep_on_a_cluster_outlives_a_worker_that_is_killed(tmp_path, address
     assert jobs.same_weights(killed, undisturbed.folder)
 
 
+def test_ctrl_c_lets_the_jobs_of_the_cluster_save(tmp_path, address):
+    words = ["model=explicit", "seed=0,1,2", "recipe.epochs=400", f"hydra.launcher.ray.init.address={address}"]
+    sweep = start(tmp_path, *words, "progress.save_s=0.1")
+    deadline = time.monotonic() + 200
+    while len(list(tmp_path.glob("runs/explicit-*/last.pt"))) < 2 and time.monotonic() < deadline:
+        assert sweep.poll() is None, sweep.communicate()
+        time.sleep(0.05)
+    sweep.send_signal(signal.SIGINT)
+    out, err = sweep.communicate(timeout=100)
+    assert sweep.returncode == 130, err
+    assert re.search(r"3 jobs: 2 interrupted, 1 not begun", out), err
+    assert {seed: rec["status"] for seed, rec in records(tmp_path).items()} == {0: "interrupted", 1: "interrupted"}
+    assert not list(tmp_path.glob("runs/*/run.lock"))
+    assert not list(tmp_path.glob("runs/.sweeps/*"))
+
+
 def test_without_an_address_the_cores_of_this_machine_are_the_cluster(tmp_path):
     out, err = start(tmp_path, "model=explicit", "seed=0,1", "recipe.max_steps=2").communicate(timeout=300)
     assert "2 jobs: 2 done" in out, err
@@ -98,7 +114,7 @@ def test_a_cluster_that_cannot_do_the_sweep_is_one_sentence(tmp_path, address, m
         with pytest.raises(UsageError, match=r"the node .* has implicit-bench .* and this one 0\.0\.7; install"):
             connect(address, tmp_path)
     monkeypatch.setattr(Path, "touch", lambda self: None)  # a folder that the nodes do not have
-    with pytest.raises(UsageError, match=f"the node .* does not see {tmp_path}, where the records go; give paths.runs"):
+    with pytest.raises(UsageError, match=f"the node .* does not see {tmp_path}; give the command"):
         connect(address, tmp_path)
 
 
@@ -120,6 +136,8 @@ def test_without_the_extra_it_is_one_sentence(monkeypatch):
     monkeypatch.setattr(mistakes, "_options", lambda group: [name for name in real(group) if name != "ray_aws"])
     with pytest.raises(UsageError, match=r"hydra/launcher=ray needs an extra: pip install 'implicit-bench\[ray\]'"):
         config.compose("train", ["hydra/launcher=ray"])
+    with pytest.raises(UsageError, match=r"no hydra/launcher '.ray.'"):
+        config.compose("train", ["hydra/launcher=[ray]"])
 
 
 @pytest.mark.parametrize("again", [True, False])

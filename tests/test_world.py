@@ -13,6 +13,7 @@ import pytest
 import torch
 from ranks import CASES
 
+from implicit_bench import world
 from implicit_bench.train import checkpoint
 
 HERE = Path(__file__).parent
@@ -56,6 +57,30 @@ def test_the_gradient_over_two_processes_is_that_of_one(tmp_path):
             wrong += [(case, name) for name, value in one["state"].items()
                       if each["state"][name] != pytest.approx(value, rel=1e-10)]  # fmt: skip
     assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_statistics_of_two_like_processes_are_those_of_one(monkeypatch, dtype):
+    """Both have the same rows, so that every sum is twice a process's own."""
+    theirs, ours = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    world.synchronised(torch.nn.Sequential(ours))
+    g = torch.randn(4, 3, 5, 5)
+    found = []
+    for norm in (theirs, ours):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(norm.weight)
+        x = torch.randn(4, 3, 5, 5, requires_grad=True)
+        if norm is ours:
+            monkeypatch.setattr(world, "_world", world.World(0, 2))
+            monkeypatch.setattr(world, "stacked", lambda a: torch.cat([a, a]))
+            monkeypatch.setattr(torch.distributed, "all_reduce", lambda a: a.mul_(2))
+        y = norm((2 * x + 1).to(dtype))
+        y.backward(g.to(y.dtype))
+        found.append([y, x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean])
+    near = 1e-5 if dtype == torch.float32 else 5e-2
+    for one, two in zip(*found):
+        assert one.dtype == two.dtype
+        torch.testing.assert_close(two, one, rtol=near, atol=near)
 
 
 def torchrun(top, *words, size=2):
@@ -117,7 +142,9 @@ def test_a_killed_process_stops_all_and_any_number_of_them_goes_on(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
-    [(["recipe.batch=33"], "recipe.batch=33 cannot be shared out evenly by 2 processes; make it a multiple"),
+    [(["model=deq", "solver=homotopy", "network=mdeq_small"],
+      "solver=Homotopy differentiates the cell forward, and the sums"),
+     (["recipe.batch=33"], "recipe.batch=33 cannot be shared out evenly by 2 processes; make it a multiple"),
      (["model=neural_ode"], "adjoint=backsolve is steered by all images and parameters as one system"),
      (["model=neural_ode", "adjoint=unroll", "solver=torchdiffeq/dopri5"], "solver=TorchDiffeq steers by the images"),
      (["model=deqq"], "no model 'deqq'")],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,8 @@ STATES = ("done", "skipped", "elsewhere", "failed", "interrupted", "lost", "not 
 BAD = ("failed", "lost", "not begun")
 RUNNING = "running"
 _ended: dict[str, dict[int, dict[str, Any]]] = {}  # by folder, what is read once: it changes no more
+STOP = "stop"  # a file of the sweep's folder
+PATIENCE_S = 60.0  # for a step to end, and its state to be saved
 SHOWN = 40  # jobs; of more, only those that are not done
 
 
@@ -74,6 +77,37 @@ class Sweep:
         progress("sweep", text)
         self.tell(number, words, RUNNING)
 
+    @property
+    def stopping(self) -> bool:
+        return (self.folder / STOP).exists()
+
+    def stop(self) -> None:
+        """Ask the jobs of a cluster to save and end, and wait for them a while."""
+        progress("sweep", "asking the jobs that run to save and end")
+        (self.folder / STOP).touch()
+        until = time.monotonic() + PATIENCE_S
+        while any(said["state"] == RUNNING for said in self.told().values()) and time.monotonic() < until:
+            time.sleep(0.2)
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Within, a job that is asked to end gets the signal that a scheduler would send."""
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(1.0):
+                if self.stopping:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def close(self) -> int:
         """Print what became of every job, and remove the folder; how many failed, lost ones among them."""
         plan, told = self.plan, self.told()
@@ -95,7 +129,7 @@ class Sweep:
         if rows:
             tables.show(["job", "words", "state", "test acc", "time", "run, or error"], rows, spare=["time"])
         say("sweep", f"{len(told)} jobs: {', '.join(f'{n} {state}' for state, n in counts.items())} · {spent}")
-        for path in (*self.folder.glob("*.json"), self.folder / "multirun.yaml"):  # the latter is Hydra's
+        for path in (*self.folder.glob("*.json"), self.folder / STOP, self.folder / "multirun.yaml"):  # that is Hydra's
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a launcher's own logs may be there
             self.folder.rmdir()

@@ -15,8 +15,10 @@ from typing import Any
 from .. import __version__, config
 from ..schema import UsageError, first_line
 from ..terminal import progress
+from ..train.signals import sigterm_as_ctrl_c
 
 ANSWER_S = 120.0  # a worker imports torch before it answers, on a node that may be busy
+PASSED = ("IMPLICIT_BENCH_QUIET", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL")  # and no key
 STORE = 78_643_200  # bytes, Ray's least: nothing goes through its store, of which it would take a third of the memory
 
 
@@ -24,30 +26,38 @@ STORE = 78_643_200  # bytes, Ray's least: nothing goes through its store, of whi
 def connected(overrides: Sequence[str], search: Sequence[str], runs: Path) -> Iterator[list[str]]:
     """Within, this process drives the cluster. Gives the words for Hydra that follow from what the cluster has.
     Raises UsageError where there is none, no node has what a job asks for, or some node is unlike this one."""
-    own = [o for o in overrides if o.startswith(("hydra.launcher", "hydra/launcher"))]
+    own = [o for o in overrides if o.lstrip("+").startswith(("hydra.launcher", "hydra/launcher"))]
     asked = config.launcher(own, search)["ray"]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports to its makers
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns that this will be its default
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or lines that differ in their numbers alone are left out
     os.environ.setdefault("RAY_COLOR_PREFIX", str(int(sys.stderr.isatty())))
     import ray
 
-    address = asked["init"].get("address")
-    init = {"logging_level": "warning", **({} if address else {"object_store_memory": STORE}), **asked["init"]}
-    progress("sweep", f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine")
+    address = asked["init"].get("address") or "local"  # whatever else runs on this machine
+    init: dict[str, Any] = {"logging_level": "warning", **asked["init"], "address": address}
+    if address == "local":
+        init.setdefault("object_store_memory", STORE)
+        progress("sweep", "starting Ray on this machine")
+    else:
+        env = {name: os.environ[name] for name in PASSED if name in os.environ}
+        init |= {"runtime_env": {"env_vars": env}} if env and "runtime_env" not in init else {}
+        progress("sweep", f"connecting to the Ray cluster at {address}")
     try:
-        if address and ":" in address:  # Ray itself would try for minutes
+        if ":" in address:  # Ray itself would try for minutes
             host, _, port = address.rpartition("://")[2].rpartition(":")
             socket.create_connection((host, int(port)), 10).close()
         ray.init(**init)
     except Exception as problem:  # OSError, RuntimeError, ValueError, and more by its client
-        where = f"no Ray cluster at {address} that takes this process" if address else "Ray does not start here"
+        where = "Ray does not start here" if address == "local" else f"no Ray cluster at {address} takes this process"
         raise UsageError(f"{where} ({first_line(problem)}); `ray start --head` starts one, at port 6379 of its node, "
                          "with the same Python and ray as here") from None  # fmt: skip
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         words = _needs(asked["remote"], [node["Resources"] for node in nodes], overrides)
-        _alike(ray, nodes, runs.absolute())
-        yield words
+        _alike(ray, nodes, runs.absolute(), [str(Path.cwd()), *(str(Path(folder).absolute()) for folder in search)])
+        with sigterm_as_ctrl_c():  # Ray has a handler of its own
+            yield words
     finally:
         ray.shutdown()
 
@@ -68,30 +78,34 @@ def _needs(remote: dict[str, Any], nodes: Sequence[dict[str, float]], overrides:
     return [f"++hydra.launcher.ray.remote.num_gpus={gpus}"]
 
 
-def look(token: str) -> dict[str, Any]:
-    """What a node has, and whether it sees the folder that this file is in."""
+def look(token: str, folders: Sequence[str]) -> dict[str, Any]:
+    """What a node has, and which of the folders it does not see, that of the token first."""
     from importlib.metadata import version
 
     libraries = {name: version(name) for name in ("torch", "hydra-core", "numpy")}
-    return {"sees": Path(token).is_file(),
+    unseen = [] if Path(token).is_file() else [str(Path(token).parent)]
+    return {"unseen": [*unseen, *(folder for folder in folders if not Path(folder).is_dir())],
             "versions": {"implicit-bench": __version__, "Python": platform.python_version(), **libraries}}  # fmt: skip
 
 
-def _alike(ray: Any, nodes: Sequence[dict[str, Any]], runs: Path) -> None:
-    """Every node has what this one has, and sees the folder of the runs."""
+def _alike(ray: Any, nodes: Sequence[dict[str, Any]], runs: Path, folders: Sequence[str]) -> None:
+    """Every node has what this one has, and sees the folder of the runs and what else a job reads."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     token = runs / f".seen-{secrets.token_hex(8)}"
     token.touch()
     try:
-        here = look(str(token))["versions"]
+        here = look(str(token), ())["versions"]
         task = ray.remote(num_cpus=0, max_retries=0)(look)
         asked = [(node["NodeManagerAddress"], task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(str(token)))
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(str(token), folders))
             for node in nodes]  # fmt: skip
         for node, answer in asked:
             try:
                 found = ray.get(answer, timeout=ANSWER_S)
+            except ray.exceptions.GetTimeoutError:
+                raise UsageError(f"the node {node} has not answered for {ANSWER_S:.0f} s; is it overloaded, or gone? "
+                                 "`ray status` says") from None  # fmt: skip
             except Exception as problem:  # whatever its import there raised
                 cause = str(problem).strip().splitlines()[-1]
                 raise UsageError(f"the node {node} cannot run implicit-bench ({cause}); install implicit-bench "
@@ -100,8 +114,8 @@ def _alike(ray: Any, nodes: Sequence[dict[str, Any]], runs: Path) -> None:
                 if found["versions"][name] != version:
                     raise UsageError(f"the node {node} has {name} {found['versions'][name]} and this one {version}; "
                                      "install the same on all")  # fmt: skip
-            if not found["sees"]:
-                raise UsageError(f"the node {node} does not see {runs}, where the records go; give paths.runs a folder "
-                                 "that all nodes share")  # fmt: skip
+            for folder in found["unseen"]:
+                raise UsageError(f"the node {node} does not see {folder}; give the command, and paths.runs, where all "
+                                 "nodes see it")  # fmt: skip
     finally:
         token.unlink(missing_ok=True)

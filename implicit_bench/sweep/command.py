@@ -42,9 +42,10 @@ def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: W
     record.writable("paths.runs", runs)
     folder = Path(given.get("hydra.sweep.dir") or runs / ".sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     board, launcher = Sweep(folder.absolute()), given.get("hydra/launcher", "basic")
-    own = [o for o in words.overrides if not paired or o.startswith(("hydra.", "hydra/"))]
+    own = [o for o in words.overrides if not paired or o.lstrip("+").startswith(("hydra.", "hydra/"))]
+    own = [o for o in own if not o.startswith("hydra.sweep.dir=")]
     own = [*own, f"+job=range({len(jobs or ())})"] if paired else own
-    own = [*own, f"hydra.sweep.dir='{board.folder}'"] if "hydra.sweep.dir" not in given else own
+    own += [f"hydra.sweep.dir='{board.folder}'"]
     with contextlib.ExitStack() as held:
         if launcher == "ray":
             from .cluster import connected
@@ -55,20 +56,26 @@ def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: W
 
 
 def _launched(board: Sweep, launcher: str, words: Words, own: Sequence[str]) -> int:
+    gave_up = False
     try:
         with board.watched(here=launcher == "basic"):
             hand_over("train", words, ["--multirun", *own], train_task)
     except JobFailed:
         pass
-    except (UsageError, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        if launcher == "ray":  # which would end its workers in the middle of a step
+            board.stop()
+        raise
+    except UsageError:
         raise
     except Exception as error:
         if launcher == "basic":
             raise
+        gave_up = True
         print(f"{PROG}: the launcher {launcher} gave up: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
     finally:
         bad = board.close()
-    return bad
+    return max(bad, gave_up)
 
 
 def _jobs(words: Words, chosen: bool) -> tuple[list[list[str]] | None, bool, Path]:
@@ -106,6 +113,8 @@ def train_task(cfg: Any) -> float | None:
         os.chdir(runtime.runtime.cwd)
     search = [source.path for source in runtime.runtime.config_sources if source.provider == "command-line"]
     sweep, number = Sweep(Path(runtime.sweep.dir)), runtime.job.num
+    if sweep.stopping:
+        return None
     own = sweep.own_words(number)
     words = list(runtime.overrides.task) if own is None else own
     outcomes: list[Outcome] = []
@@ -145,7 +154,8 @@ def train_task(cfg: Any) -> float | None:
     again = number in sweep.told()  # its worker has died, and on another machine its lock outlives it for a while
     sweep.announce(number, words)
     try:
-        code = guarded(telling)
+        with sweep.heeded() if "ray" in runtime.launcher else contextlib.nullcontext():
+            code = guarded(telling)
         if outcomes:
             rec = outcomes[0].record
             state = "skipped" if outcomes[0].skipped else {0: "done", 1: "failed", 130: "interrupted"}[code]
@@ -155,7 +165,7 @@ def train_task(cfg: Any) -> float | None:
         sweep.tell(number, words, seconds=time.perf_counter() - began, **ended)
     if code == 130:
         tell_queue()
-        raise SystemExit(130)  # no Exception, so that Hydra stops the sweep
+        raise SystemExit(130)  # no Exception, so that Hydra stops the sweep; Ray tries it again, on another worker
     if ended["state"] == "elsewhere":
         return None
     if code:

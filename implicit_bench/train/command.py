@@ -26,7 +26,7 @@ from ..log import NoSink, Sink
 from ..mirror import sweep
 from ..sync import replay
 from ..terminal import duration, progress, say, share
-from ..world import apart, left_alone, of_first, shareable, started, synchronised, together, world
+from ..world import apart, gathered, left_alone, of_first, shareable, started, synchronised, together, world
 from . import CheckpointError, Fit, Interrupted, NonFinite, Step, accuracy_within, budgets, count_flops, evaluate
 from .signals import sigterm_as_ctrl_c
 
@@ -147,6 +147,9 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: P
         fit = Fit(model, step, data, parts.recipe, device, cfg["seed"], folder, jsonl, sink.log, **cfg["progress"],
                   before_table=sink.hold)  # fmt: skip
         resumed = fit.resume(note)
+        if len({*gathered(resumed)}) > 1:
+            raise CheckpointError(f"the processes of this run do not see the same {folder}; give paths.runs a folder "
+                                  "that all nodes share")  # fmt: skip
         if resumed is None:
             jsonl.truncate(0)
         else:
