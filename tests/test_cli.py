@@ -162,7 +162,7 @@ def test_list_names_every_file_and_what_it_says_of_itself(capsys):
     for group in schema.GROUPS:
         assert main(["list", group]) == 0
         one = capsys.readouterr().out
-        assert main(["list", config.plural(group)]) == 0
+        assert main(["list", schema.plural(group)]) == 0
         assert capsys.readouterr().out == one
         one = one.partition("\n\n")[0].rstrip("\n") + "\n"  # networks are counted, too
         assert f"{group}=\n{one}" in out

@@ -15,7 +15,7 @@ WORLD = {"clock", "machine", "config", "data", "device", "jsonl", "lock", "log",
          "world"}  # fmt: skip
 OURS = {
     "core": set(),
-    "world": {"core"},
+    "world": {"core", "schema"},
     "solvers": {"core"},
     "adjoints": {"core", "solvers"},
     "models": {"core", "solvers", "adjoints", "world"},

@@ -169,6 +169,8 @@ def test_every_other_block_is_looked_at():
                     assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(), line
                 elif program == "torchrun":
                     compose("train", words[words.index("train") + 1 :])
+                elif program == "ray":
+                    assert command == "start", line  # which test_ray does by Ray's own library
                 else:
                     assert program == "implicit-bench", line
                     compose(command, words)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from ranks import CASES
 
-from implicit_bench import world
+from implicit_bench import config, world
 from implicit_bench.train import checkpoint
 
 HERE = Path(__file__).parent
@@ -104,7 +105,7 @@ def test_a_run_over_two_processes_is_one_run(tmp_path):
     assert "2 processes, 16 images of a batch each: each solved by itself" in err
     _, rec = only(tmp_path)
     assert rec["environment"]["world_size"] == 2
-    one = jobs.run(tmp_path / "one", *TRAIN, "gpu.threads=2")
+    one = jobs.run(tmp_path / "one", *TRAIN, "gpu.threads=1")
     assert one.record["run_id"] == rec["run_id"], "the same run, whoever computes it"
     assert rec["metrics"]["test_acc"] == pytest.approx(one.record["metrics"]["test_acc"], abs=0.02)
     assert rec["metrics"]["test_loss"] == pytest.approx(one.record["metrics"]["test_loss"], rel=0.02)
@@ -116,7 +117,7 @@ def test_a_run_over_two_processes_is_one_run(tmp_path):
 
 
 def test_a_killed_process_stops_all_and_any_number_of_them_goes_on(tmp_path):
-    words = [word for word in TRAIN if "epochs" not in word] + ["recipe.epochs=40"]
+    words = [word for word in TRAIN if "epochs" not in word] + ["recipe.epochs=15"]
     started = torchrun(tmp_path, *words)
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("runs/*/last.pt")):
@@ -134,29 +135,36 @@ def test_a_killed_process_stops_all_and_any_number_of_them_goes_on(tmp_path):
     kept = checkpoint.load(folder, torch.device("cpu"), print)
     assert kept["step"] > 0
     assert len(kept["others"]) == 1
-    alone = jobs.run(tmp_path, *words, "gpu.threads=2", "recipe.epochs=40")
+    alone = jobs.run(tmp_path, *words, "gpu.threads=1")
     assert alone.exit_code == 0
     assert alone.record["resumed_from"][0]["step"] == kept["step"]
     assert alone.record["environment"]["world_size"] == 1
 
 
+def test_what_cannot_be_shared_is_one_sentence_before_any_work(tmp_path):
+    started = torchrun(tmp_path, "recipe.batch=33")
+    err = started.communicate(timeout=100)[1]
+    (said,) = [line for line in err.splitlines() if line.startswith("implicit-bench:")]
+    assert started.returncode != 0
+    assert "recipe.batch=33 cannot be shared out evenly by 2 processes; make it a multiple" in said
+    assert not list(tmp_path.glob("runs/*"))
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
-    [(["model=deq", "solver=homotopy", "network=mdeq_small"],
-      "solver=Homotopy differentiates the cell forward, and the sums"),
-     (["recipe.batch=33"], "recipe.batch=33 cannot be shared out evenly by 2 processes; make it a multiple"),
-     (["model=neural_ode"], "adjoint=backsolve is steered by all images and parameters as one system"),
+    [(["model=neural_ode"], "adjoint=backsolve is steered by all images and parameters as one system"),
      (["model=neural_ode", "adjoint=unroll", "solver=torchdiffeq/dopri5"], "solver=TorchDiffeq steers by the images"),
-     (["model=deqq"], "no model 'deqq'")],
+     (["solver.variant=paper", "stop.per_sample=true"], "solver.variant=paper couples the images"),
+     (["solver=homotopy", "network=mdeq_small"], "solver=Homotopy differentiates the cell forward, and the sums")],
 )  # fmt: skip
-def test_what_cannot_be_shared_is_one_sentence_before_any_work(tmp_path, words, sentence):
-    started = torchrun(tmp_path, *words)
-    err = started.communicate(timeout=100)[1]
-    said = [line for line in err.splitlines() if line.startswith("implicit-bench:")]
-    assert started.returncode != 0
-    assert len(said) == 1
-    assert sentence in said[0]
-    assert not list(tmp_path.glob("runs/*"))
+def test_a_layer_that_processes_cannot_share_says_why(monkeypatch, words, sentence):
+    parts = config.build(config.compose("train", ["model=deq", *words] if "model" not in words[0] else words).config)
+    world.shareable(parts.model.layer, 32)  # one process may
+    monkeypatch.setattr(world, "_world", world.World(0, 2))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        world.shareable(parts.model.layer, 32)
+    parts = config.build(config.compose("train", ["model=deq", "network=mdeq_small"]).config)
+    world.shareable(parts.model.layer, 32)
 
 
 @pytest.mark.parametrize(
