@@ -105,7 +105,7 @@ def test_a_run_over_two_processes_is_one_run(tmp_path):
     assert "2 processes, 16 images of a batch each: each solved by itself" in err
     _, rec = only(tmp_path)
     assert rec["environment"]["world_size"] == 2
-    one = jobs.run(tmp_path / "one", *TRAIN, "gpu.threads=1")
+    one = jobs.run(tmp_path / "one", *TRAIN, "gpu.threads=2")
     assert one.record["run_id"] == rec["run_id"], "the same run, whoever computes it"
     assert rec["metrics"]["test_acc"] == pytest.approx(one.record["metrics"]["test_acc"], abs=0.02)
     assert rec["metrics"]["test_loss"] == pytest.approx(one.record["metrics"]["test_loss"], rel=0.02)
@@ -117,7 +117,7 @@ def test_a_run_over_two_processes_is_one_run(tmp_path):
 
 
 def test_a_killed_process_stops_all_and_any_number_of_them_goes_on(tmp_path):
-    words = [word for word in TRAIN if "epochs" not in word] + ["recipe.epochs=15"]
+    words = [word for word in TRAIN if "epochs" not in word] + ["recipe.epochs=8"]
     started = torchrun(tmp_path, *words)
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("runs/*/last.pt")):
@@ -135,7 +135,7 @@ def test_a_killed_process_stops_all_and_any_number_of_them_goes_on(tmp_path):
     kept = checkpoint.load(folder, torch.device("cpu"), print)
     assert kept["step"] > 0
     assert len(kept["others"]) == 1
-    alone = jobs.run(tmp_path, *words, "gpu.threads=1")
+    alone = jobs.run(tmp_path, *words, "gpu.threads=2")
     assert alone.exit_code == 0
     assert alone.record["resumed_from"][0]["step"] == kept["step"]
     assert alone.record["environment"]["world_size"] == 1
