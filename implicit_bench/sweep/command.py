@@ -45,7 +45,7 @@ def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: W
     own = [o for o in words.overrides if not paired or o.lstrip("+").startswith(("hydra.", "hydra/"))]
     own = [o for o in own if not o.startswith("hydra.sweep.dir=")]
     own = [*own, f"+job=range({len(jobs or ())})"] if paired else own
-    own += [f"hydra.sweep.dir='{board.folder}'"]
+    own += [f"hydra.sweep.dir='{board.folder}'", "+hydra.callbacks.lean._target_=implicit_bench.sweep.board.Lean"]
     with contextlib.ExitStack() as held:
         if launcher == "ray":
             from .cluster import connected
