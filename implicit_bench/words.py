@@ -37,6 +37,11 @@ def as_meant(word: str) -> str:
     return f"{key}='{value}'" if key in TEXTS and value[:1] not in "'\"" else word
 
 
+def of_hydra(overrides: Sequence[str]) -> list[str]:
+    """Those that choose or change Hydra's own parts."""
+    return [o for o in overrides if o.lstrip("+").startswith(("hydra.", "hydra/"))]
+
+
 def split(args: Sequence[str]) -> Words:
     overrides: list[str] = []
     search: list[str] = []

@@ -8,7 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from implicit_bench import machine
+
 ROOT = Path(__file__).parent.parent
+
+
+def kept(results: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of this machine's figures, and what they say of the machine."""
+    facts = machine.fingerprint()
+    hardware = f"{facts['cores']}-core {facts['cpu']}"
+    return results / machine.folder_name(hardware) / name, {"hardware": hardware, "torch": facts["torch"]}
 
 
 def put(page: str, parts: Mapping[str, str]) -> str:

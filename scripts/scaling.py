@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import page
@@ -114,11 +113,9 @@ def main() -> None:
     args = page.asked(page.parser(__doc__, "cluster", {"rounds": 3}), (), render)
     if args is None:
         return
-    alone, facts = machine.Alone(), machine.fingerprint()
-    hardware = f"{facts['cores']}-core {facts['cpu']}"
+    alone, (file, where) = machine.Alone(), page.kept(args.results, "scaling.json")
     content: dict[str, Any] = measure(args.rounds)
-    content["machine"] = {"hardware": hardware, "torch": facts["torch"], "alone": alone.read()}
-    file: Path = args.results / machine.folder_name(hardware) / "scaling.json"
+    content["machine"] = {**where, "alone": alone.read()}
     file.write_text(json.dumps(content, indent=1) + "\n")
     args.page.write_text(render(args.page.read_text(), content))
 

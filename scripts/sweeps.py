@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import page
@@ -110,16 +109,14 @@ def main() -> None:
     args = page.asked(found, ("done", "launchers"), render)
     if args is None:
         return
-    facts = machine.fingerprint()
-    hardware = f"{facts['cores']}-core {facts['cpu']}"
-    file: Path = args.results / machine.folder_name(hardware) / "sweeps.json"
+    file, where = page.kept(args.results, "sweeps.json")
     content = json.loads(file.read_text()) if file.exists() else {}
     alone = machine.Alone()
     if "done" in args.names:
         content["done"] = skipped(100)
     if "launchers" in args.names:
         content["launchers"] = launchers(args.jobs)
-    content["machine"] = {"hardware": hardware, "torch": facts["torch"], "cores": os.cpu_count(), "alone": alone.read()}
+    content["machine"] = {**where, "cores": os.cpu_count(), "alone": alone.read()}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")
     args.page.write_text(render(args.page.read_text(), content))

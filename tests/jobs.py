@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +22,18 @@ def words(tmp: Path, *more: str) -> list[str]:
 def run(tmp: Path, *more: str) -> Outcome:
     given = words(tmp, *more)
     return train(config.compose("train", given), given)
+
+
+def sweep(tmp: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
+    """`train -m` in a process of its own, in that folder."""
+    argv = [sys.executable, "-m", "implicit_bench", "train", "-m", "logger=none", *more]
+    return subprocess.Popen(argv, cwd=tmp, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, **environment})  # fmt: skip
+
+
+def by_seed(tmp: Path) -> dict[int, dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in tmp.glob("runs/*/record.json")]
+    return {rec["config"]["seed"]: rec for rec in found if rec["command"] == "train"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

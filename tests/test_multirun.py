@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from importlib import metadata
 
@@ -129,14 +127,9 @@ def test_jobs_that_run_side_by_side_share_the_cores(launcher, threads):
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 
-def start(tmp_path, *words):
-    argv = [sys.executable, "-m", "implicit_bench", "train", "-m", "logger=none", *words]
-    return subprocess.Popen(argv, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 @joblib
 def test_joblib_shares_the_cores_and_no_run_counts_as_alone(tmp_path):
-    process = start(tmp_path, "model=explicit", "seed=0,1,2,3", "recipe.epochs=2", *JOBLIB)
+    process = jobs.sweep(tmp_path, "model=explicit", "seed=0,1,2,3", "recipe.epochs=2", *JOBLIB)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "4 jobs: 4 done" in out
@@ -148,7 +141,7 @@ def test_joblib_shares_the_cores_and_no_run_counts_as_alone(tmp_path):
 @joblib
 def test_a_killed_worker_loses_its_job_and_the_same_command_goes_on(tmp_path):
     words = ["model=explicit", "seed=0,1", "recipe.epochs=15", "progress.save_s=0.1", *JOBLIB]
-    process = start(tmp_path, *words)
+    process = jobs.sweep(tmp_path, *words)
     deadline = time.monotonic() + 120
     while len(saved := list(tmp_path.glob("runs/explicit-*/last.pt"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -159,16 +152,23 @@ def test_a_killed_worker_loses_its_job_and_the_same_command_goes_on(tmp_path):
     assert "Traceback" not in err
     assert "the launcher joblib gave up: " in err
     assert re.search(r"2 jobs: .*lost", out)
-    again = start(tmp_path, *words)
+    again = jobs.sweep(tmp_path, *words)
     _, err = again.communicate(timeout=240)
     assert again.returncode == 0, err
     rec = json.loads((folder / "record.json").read_text())
     assert (rec["status"], len(rec["resumed_from"])) == ("done", 1)
 
 
+def test_a_stop_left_by_a_sweep_that_died_stops_no_other(sweep, tmp_path):
+    """In a folder that a user has named."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "stop").touch()
+    assert sweep("model=explicit", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'mine'}")[2] == "2 jobs: 2 done"
+
+
 def test_two_sweeps_at_once_do_no_job_twice(tmp_path):
     words = ["model=explicit", "seed=range(6)", "recipe.epochs=2", "gpu.threads=1"]
-    both = [start(tmp_path, *words) for _ in range(2)]
+    both = [jobs.sweep(tmp_path, *words) for _ in range(2)]
     found = [process.communicate(timeout=240) for process in both]
     assert [process.returncode for process in both] == [0, 0], found
     did = [re.search(r"6 jobs: (?:(\d+) done)?", out)[1] for out, _ in found]
@@ -179,7 +179,7 @@ def test_two_sweeps_at_once_do_no_job_twice(tmp_path):
 
 def test_a_process_that_dies_leaves_a_sweep_that_goes_on(tmp_path):
     words = ["model=explicit", "seed=0,1,2", "recipe.epochs=8", "progress.save_s=0.1", "gpu.threads=1"]
-    process = start(tmp_path, *words)
+    process = jobs.sweep(tmp_path, *words)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/explicit-digits-s1-*/last.pt")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -188,7 +188,7 @@ def test_a_process_that_dies_leaves_a_sweep_that_goes_on(tmp_path):
     left = {seed: rec["status"] for (_, seed), rec in records(tmp_path).items()}
     assert left[0] == "done"
     assert left.get(1) != "done"
-    again = start(tmp_path, *words)
+    again = jobs.sweep(tmp_path, *words)
     out, err = again.communicate(timeout=240)
     assert again.returncode == 0, err
     assert "3 jobs: 2 done, 1 skipped" in out

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +17,7 @@ from implicit_bench.sweep import cluster, command
 
 pytestmark = pytest.mark.skipif(not [*metadata.distributions(name="hydra-ray-launcher")],
                                 reason="no hydra-ray-launcher: pip install 'implicit-bench[ray]'")  # fmt: skip
+RAY = "hydra/launcher=ray"
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +30,11 @@ def address():
     nodes.shutdown()
 
 
-def start(tmp_path, *words):
-    argv = [sys.executable, "-m", "implicit_bench", "train", "-m", "logger=none", *words, "hydra/launcher=ray"]
-    return subprocess.Popen(argv, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def records(top):
-    found = [json.loads(path.read_text()) for path in top.glob("runs/*/record.json")]
-    return {rec["config"]["seed"]: rec for rec in found if rec["command"] == "train"}
-
-
 def test_a_sweep_on_a_cluster_outlives_a_worker_that_is_killed(tmp_path, address):
     """Its job is tried again elsewhere and goes on from its checkpoint; one that fails by itself is not tried again."""
     words = ["model=explicit", "recipe.optimizer=sgd", "recipe.epochs=12", "progress.save_s=0.1"]
-    sweep = start(tmp_path, *words, "seed=0,1", "recipe.lr=1e-3,1e30", f"hydra.launcher.ray.init.address={address}")
+    at = f"hydra.launcher.ray.init.address={address}"
+    sweep = jobs.sweep(tmp_path, RAY, at, *words, "seed=0,1", "recipe.lr=1e-3,1e30")
     deadline = time.monotonic() + 200
     while not (saved := list(tmp_path.glob("runs/explicit-*/last.pt"))) and time.monotonic() < deadline:
         assert sweep.poll() is None, sweep.communicate()
@@ -66,7 +56,7 @@ def test_a_sweep_on_a_cluster_outlives_a_worker_that_is_killed(tmp_path, address
 
 def test_ctrl_c_lets_the_jobs_of_the_cluster_save(tmp_path, address):
     words = ["model=explicit", "seed=0,1,2", "recipe.epochs=400", f"hydra.launcher.ray.init.address={address}"]
-    sweep = start(tmp_path, *words, "progress.save_s=0.1")
+    sweep = jobs.sweep(tmp_path, RAY, *words, "progress.save_s=0.1")
     deadline = time.monotonic() + 200
     while len(list(tmp_path.glob("runs/explicit-*/last.pt"))) < 2 and time.monotonic() < deadline:
         assert sweep.poll() is None, sweep.communicate()
@@ -75,19 +65,19 @@ def test_ctrl_c_lets_the_jobs_of_the_cluster_save(tmp_path, address):
     out, err = sweep.communicate(timeout=100)
     assert sweep.returncode == 130, err
     assert re.search(r"3 jobs: 2 interrupted, 1 not begun", out), err
-    assert {seed: rec["status"] for seed, rec in records(tmp_path).items()} == {0: "interrupted", 1: "interrupted"}
+    assert {seed: rec["status"] for seed, rec in jobs.by_seed(tmp_path).items()} == {0: "interrupted", 1: "interrupted"}
     assert not list(tmp_path.glob("runs/*/run.lock"))
     assert not list(tmp_path.glob("runs/.sweeps/*"))
 
 
 def test_without_an_address_the_cores_of_this_machine_are_the_cluster(tmp_path):
-    out, err = start(tmp_path, "model=explicit", "seed=0,1", "recipe.max_steps=2").communicate(timeout=300)
+    out, err = jobs.sweep(tmp_path, RAY, "model=explicit", "seed=0,1", "recipe.max_steps=2").communicate(timeout=300)
     assert "2 jobs: 2 done" in out, err
-    assert {rec["status"] for rec in records(tmp_path).values()} == {"done"}
+    assert {rec["status"] for rec in jobs.by_seed(tmp_path).values()} == {"done"}
 
 
 def test_no_cluster_at_the_address_is_one_sentence_before_any_work(tmp_path):
-    sweep = start(tmp_path, "model=deq", "seed=0,1", "hydra.launcher.ray.init.address=127.0.0.1:1")
+    sweep = jobs.sweep(tmp_path, RAY, "model=deq", "seed=0,1", "hydra.launcher.ray.init.address=127.0.0.1:1")
     _, err = sweep.communicate(timeout=200)
     assert sweep.returncode == 2
     (said,) = [line for line in err.splitlines() if line.startswith("implicit-bench:")]

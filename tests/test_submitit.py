@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from importlib import metadata
 
@@ -17,35 +15,24 @@ pytestmark = pytest.mark.skipif(not [*metadata.distributions(name="hydra-submiti
 LOCAL = ["hydra/launcher=submitit_local", "hydra.launcher.cpus_per_task=1"]
 
 
-def start(tmp_path, *words, **environment):
-    argv = [sys.executable, "-m", "implicit_bench", "train", "-m", "logger=none", *words]
-    return subprocess.Popen(argv, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, **environment})  # fmt: skip
-
-
-def records(tmp_path):
-    found = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/record.json")]
-    return {rec["config"]["seed"]: rec for rec in found if rec["command"] == "train"}
-
-
 def test_a_sweep_by_the_local_executor(tmp_path):
-    out, err = start(tmp_path, "model=explicit", "seed=0,1", "recipe.max_steps=2", *LOCAL).communicate(timeout=240)
+    out, err = jobs.sweep(tmp_path, "model=explicit", "seed=0,1", "recipe.max_steps=2", *LOCAL).communicate(timeout=240)
     assert "2 jobs: 2 done" in out, err
-    assert {seed: rec["environment"]["threads"] for seed, rec in records(tmp_path).items()} == {0: 1, 1: 1}
+    assert {seed: rec["environment"]["threads"] for seed, rec in jobs.by_seed(tmp_path).items()} == {0: 1, 1: 1}
 
 
 def test_at_the_end_of_its_time_a_run_saves_and_goes_back_into_the_queue(tmp_path):
     """submitit's job gets the signal that SLURM would send, and is submitted again by its handler."""
     undisturbed = jobs.run(tmp_path / "undisturbed", "model=deq", "recipe.epochs=30")
     words = ["model=deq", "seed=0", "recipe.epochs=30", "gpu.threads=1", *LOCAL]
-    sweep = start(tmp_path, *words)
+    sweep = jobs.sweep(tmp_path, *words)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/deq-*/last.pt")) and time.monotonic() < deadline:
         time.sleep(0.02)
     (lock,) = tmp_path.glob("runs/deq-*/run.lock")
     os.kill(json.loads(lock.read_text())["pid"], 12)  # SIGUSR2
     out, err = sweep.communicate(timeout=240)
-    (rec,) = records(tmp_path).values()
+    (rec,) = jobs.by_seed(tmp_path).values()
     assert rec["status"] == "done", err
     assert len(rec["resumed_from"]) == 1
     (folder,) = tmp_path.glob("runs/deq-*")
@@ -70,7 +57,7 @@ def test_the_slurm_preset_asks_for_what_it_says(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         path.chmod(0o755)
-    sweep = start(tmp_path, "model=explicit", "seed=0,1,2", "recipe.max_steps=2", "hydra/launcher=slurm",
+    sweep = jobs.sweep(tmp_path, "model=explicit", "seed=0,1,2", "recipe.max_steps=2", "hydra/launcher=slurm",
                   "hydra.launcher.partition=long", "hydra.launcher.array_parallelism=2",
                   PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")  # fmt: skip
     deadline = time.monotonic() + 120

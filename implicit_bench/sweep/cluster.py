@@ -14,11 +14,12 @@ from typing import Any
 
 from .. import __version__, config
 from ..schema import UsageError, first_line
-from ..terminal import progress
+from ..terminal import QUIET, progress
 from ..train.signals import sigterm_as_ctrl_c
+from ..words import of_hydra
 
 ANSWER_S = 120.0  # a worker imports torch before it answers, on a node that may be busy
-PASSED = ("IMPLICIT_BENCH_QUIET", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL")  # and no key
+PASSED = (QUIET, "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL")  # and no key
 STORE = 78_643_200  # bytes, Ray's least: nothing goes through its store, of which it would take a third of the memory
 
 
@@ -26,8 +27,7 @@ STORE = 78_643_200  # bytes, Ray's least: nothing goes through its store, of whi
 def connected(overrides: Sequence[str], search: Sequence[str], runs: Path) -> Iterator[list[str]]:
     """Within, this process drives the cluster. Gives the words for Hydra that follow from what the cluster has.
     Raises UsageError where there is none, no node has what a job asks for, or some node is unlike this one."""
-    own = [o for o in overrides if o.lstrip("+").startswith(("hydra.launcher", "hydra/launcher"))]
-    asked = config.launcher(own, search)["ray"]
+    asked = config.launcher(of_hydra(overrides), search)["ray"]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports to its makers
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns that this will be its default
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or lines that differ in their numbers alone are left out

@@ -14,7 +14,7 @@ from ..guard import guarded, refuse
 from ..handover import hand_over
 from ..help import PROG
 from ..schema import UsageError, first_line
-from ..words import Words
+from ..words import Words, of_hydra
 from .board import Sweep, share_of_cores
 
 
@@ -42,17 +42,19 @@ def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: W
     record.writable("paths.runs", runs)
     folder = Path(given.get("hydra.sweep.dir") or runs / ".sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     board, launcher = Sweep(folder.absolute()), given.get("hydra/launcher", "basic")
-    own = [o for o in words.overrides if not paired or o.lstrip("+").startswith(("hydra.", "hydra/"))]
+    own = of_hydra(words.overrides) if paired else words.overrides
     own = [o for o in own if not o.startswith("hydra.sweep.dir=")]
     own = [*own, f"+job=range({len(jobs or ())})"] if paired else own
     own += [f"hydra.sweep.dir='{board.folder}'", "+hydra.callbacks.lean._target_=implicit_bench.sweep.board.Lean"]
-    with contextlib.ExitStack() as held:
-        if launcher == "ray":
-            from .cluster import connected
-
-            own += held.enter_context(connected(words.overrides, words.search, runs))
+    with _cluster(words, runs) if launcher == "ray" else contextlib.nullcontext([]) as more:
         board.begin(jobs, paired)
-        return _launched(board, launcher, words, own)
+        return _launched(board, launcher, words, [*own, *more])
+
+
+def _cluster(words: Words, runs: Path) -> contextlib.AbstractContextManager[list[str]]:
+    from .cluster import connected
+
+    return connected(words.overrides, words.search, runs)
 
 
 def _launched(board: Sweep, launcher: str, words: Words, own: Sequence[str]) -> int:
