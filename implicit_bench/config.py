@@ -179,6 +179,8 @@ class _hydra:
         from hydra import initialize_config_dir
         from hydra.core.global_hydra import GlobalHydra
 
+        from .known import know
+
         for folder in self.search:
             if not folder.is_dir():
                 raise UsageError(f"no folder {folder} for --config-dir")
@@ -193,6 +195,7 @@ class _hydra:
         for folder in self.search:
             loader.get_search_path().prepend("command-line", f"file://{folder}", "schema")
         loader.repository.initialize_sources(loader.get_search_path())
+        know(loader)
 
     def __exit__(self, *exc: Any) -> None:
         from hydra.core.global_hydra import GlobalHydra

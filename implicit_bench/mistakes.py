@@ -44,13 +44,14 @@ def check_word(o: Any) -> None:
 def _options(group: str) -> list[str]:
     """The files of a group, those one folder down included; none if there is no such group."""
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.object_type import ObjectType
 
     if "." in group or "@" in group:
         return []
-    loader = GlobalHydra.instance().config_loader()
-    below = [f"{sub}/{name}" for sub in loader.list_groups(group)
-             for name in loader.get_group_options(f"{group}/{sub}")]  # fmt: skip
-    return [name.removesuffix(".yaml") for name in [*loader.get_group_options(group), *below]]
+    loader: Any = GlobalHydra.instance().config_loader()
+    options = loader.repository.get_group_options  # the loader's own copies all the files' sources at every call
+    below = [f"{sub}/{name}" for sub in options(group, ObjectType.GROUP) for name in options(f"{group}/{sub}")]
+    return [name.removesuffix(".yaml") for name in [*options(group), *below]]
 
 
 def explain(command: str, words: Sequence[Any], error: Exception) -> str:

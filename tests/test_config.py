@@ -677,3 +677,20 @@ def test_every_model_trains_two_steps_from_the_command_line(model, tmp_path, cap
     assert rec["solve"]["nfe_forward"] >= 2
     assert rec["solve"]["nfe_backward"] >= 2
     assert f"run {folder.name}" in capsys.readouterr().out
+
+
+def test_the_files_of_many_jobs_are_read_once_and_anew_the_next_time(tmp_path, monkeypatch):
+    from omegaconf import OmegaConf
+
+    real, read = OmegaConf.load, []
+    monkeypatch.setattr(OmegaConf, "load", lambda file: read.append(file.name) or real(file))
+    (tmp_path / "solver").mkdir()
+    mine = tmp_path / "solver" / "mine.yaml"
+    for damping in (0.5, 0.25):
+        mine.write_text(f"_target_: implicit_bench.solvers.Picard\ndamping: {damping}\n")
+        read.clear()
+        found = config.compose_all("train", [["solver=mine", f"seed={seed}"] for seed in range(3)], [str(tmp_path)])
+        assert [job.config["solver"]["damping"] for job in found] == 3 * [damping]
+        assert [job.config["seed"] for job in found] == [0, 1, 2]
+        assert str(mine) in read
+        assert len(read) == len(set(read))

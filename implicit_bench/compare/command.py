@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import log, mirror, record, runs, terminal
 from ..lock import RunLock
@@ -15,16 +15,14 @@ from ..report import plots, ratios, tables
 from ..schema import UsageError, nearest
 from ..sync import replay
 from ..terminal import number, say, share
-from ..words import Words, plain
+from ..words import plain
 from .figures import MEASURES, SHARE, WINDOW, Pair, converged, line, of_row
 from .rows import Row, Run, find, refuse_unlike, row
-
-if TYPE_CHECKING:
-    from .. import config
 
 COLUMNS = ["model", "seeds", "val acc", "test acc", "step ms", "nfe f/b", "epochs", "train s", "s to target"]
 FILES = ("record.json", "table.md", "speedup.svg")
 LOGGERS = ("wandb", "none")
+LACKS = {"elsewhere": "is at another process; the same command compares once that is done"}
 
 
 def command(args: Sequence[str]) -> int:
@@ -57,44 +55,36 @@ def command(args: Sequence[str]) -> int:
     return 0
 
 
-def after_sweep(words: Words) -> None:
-    """What a finished sweep over models says of them, within each combination of the other words but the seed; where
-    the records do not allow it, a note says why."""
-    from .. import config, match
-
-    if any(word.startswith("hydra/sweeper=") for word in words.overrides):  # which may have tried anything
+def after_sweep(jobs: Sequence[Mapping[str, Any]], top: Path) -> None:
+    """What a sweep over models, whose runs are below `top`, says of them, within each combination of the other words
+    but the seed; where the records do not allow it, a note says why. `jobs`: what Sweep.close tells of each."""
+    if len({word for job in jobs for word in job["words"] if word.startswith("model=")}) < 2:
         return
-    expanded = config.expand(words.overrides, words.search)
-    if len({word for job in expanded for word in job if word.startswith("model=")}) < 2:
-        return
-    jobs = match.matched(config.compose_all("train", expanded, words.search), words.search, aloud=False)
-    groups: dict[tuple[str, ...], list[config.Composed]] = {}
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for job in jobs:
-        rest = tuple(word for word in job.overrides if word.partition("=")[0] not in ("model", "seed"))
+        rest = tuple(word for word in job["words"] if word.partition("=")[0] not in ("model", "seed"))
         groups.setdefault(rest, []).append(job)
     for rest, group in groups.items():
         if own := [word for word in rest if any(word not in other for other in groups)]:
             say("sweep", " ".join(own))
         try:
-            rows = _trained(group)
+            rows = _trained(group, top)
             refuse_unlike(rows)
-            compare(rows, Path(group[0].config["paths"]["runs"]))
+            compare(rows, top)
         except (UsageError, RecordError) as problem:
             say("note", f"no comparison: {problem}", err=True)
 
 
-def _trained(jobs: Sequence[config.Composed]) -> list[Row]:
+def _trained(jobs: Sequence[Mapping[str, Any]], top: Path) -> list[Row]:
     """The rows of some jobs that have been run, the base first: neural_ode if it is there, else the first model."""
-    from .. import config
-
     found: dict[str, list[Run]] = {}
     for job in jobs:
-        cfg = {**job.config, "gpu": config.make(job.config["gpu"], "gpu").settings()}
-        folder = record.lookup(cfg["paths"]["runs"], record.run_id(cfg))
-        if folder is None:
-            raise UsageError(f"model={cfg['model']['name']} seed={cfg['seed']} has left no record")
+        if not job["name"]:
+            which = " ".join(word for word in job["words"] if word.partition("=")[0] in ("model", "seed"))
+            raise UsageError(f"{which} {LACKS.get(job['state'], 'has left no record')}")
+        folder = top / job["name"]
         rec = {**record.read_record(folder), "folder": folder}
-        found.setdefault(cfg["model"]["name"], []).append(Run(folder.name, rec, runs.state(rec), folder))
+        found.setdefault(rec["config"]["model"]["name"], []).append(Run(folder.name, rec, runs.state(rec), folder))
     return [row(name, found[name]) for name in sorted(found, key=lambda name: name != "neural_ode")]  # which is stable
 
 

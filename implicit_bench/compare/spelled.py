@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ def words(rec: Mapping[str, Any]) -> list[str]:
     wanted, model = rec["config"], f"model={rec['config']['model']['name']}"
     given = [f"{key}={rec[key]}" for key, default in DEFAULTS.items() if rec.get(key) not in (None, default)]
     try:
-        composed = _composed([model, *given])
+        composed = _composed((model, *given))
         names = [log.choices(c).get("dataset") for c in (wanted, composed)]
         given += [f"{group}={_file(group, wanted[group])}" for group in GROUPS
                   if wanted[group].get("_target_") != composed[group].get("_target_")
@@ -54,7 +55,7 @@ def words(rec: Mapping[str, Any]) -> list[str]:
                       and _file(group, wanted[group]) != _file(group, composed[group]))]  # fmt: skip
         if set(wanted["penalty"]) != set(composed["penalty"]):
             given.append(f"penalty=[{','.join(wanted['penalty']) or 'none'}]")
-        before = record.flat(_composed([model, *given]))
+        before = record.flat(_composed((model, *given)))
         skipped = record.LABELS | {"model", "seed", "sources"}
         return given + [f"{key}={value if isinstance(value, str) else json.dumps(value)}"
                         for key, value in record.flat(dict(wanted)).items()
@@ -63,7 +64,8 @@ def words(rec: Mapping[str, Any]) -> list[str]:
         return given
 
 
-def _composed(given: Sequence[str]) -> dict[str, Any]:
+@functools.lru_cache(maxsize=64)  # a refusal spells out many records that differ in little
+def _composed(given: tuple[str, ...]) -> dict[str, Any]:
     found = config.compose("train", given).config
     return {**found, "gpu": config.make(found["gpu"], "gpu").settings()}
 

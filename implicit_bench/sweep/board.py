@@ -109,8 +109,8 @@ class Sweep:
             done.set()
             thread.join()
 
-    def close(self) -> int:
-        """Print what became of every job, and remove the folder; how many failed, lost ones among them."""
+    def close(self) -> list[dict[str, Any]]:
+        """Print what became of every job, remove the folder, and return what `tell` was told of each, in order."""
         plan, told = self.plan, self.told()
         _ended.pop(str(self.folder), None)
         for said in told.values():
@@ -134,7 +134,7 @@ class Sweep:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a launcher's own logs may be there
             self.folder.rmdir()
-        return sum(counts[state] for state in BAD)
+        return [*told.values()]
 
     @contextlib.contextmanager
     def watched(self, here: bool) -> Iterator[None]:
@@ -177,7 +177,15 @@ class Sweep:
 
 
 class Lean:
-    """A callback of Hydra's, which keeps of every job what it returned, and with it both its configs: 170 kB a job."""
+    """A callback of Hydra's, which reads all its files again for every job, and keeps of each what it returned, with
+    both its configs: 170 kB a job."""
+
+    def on_multirun_start(self, config: Any, **more: Any) -> None:
+        from hydra.core.global_hydra import GlobalHydra
+
+        from ..known import know
+
+        know(GlobalHydra.instance().config_loader())
 
     def on_job_end(self, config: Any, job_return: Any, **more: Any) -> None:
         job_return.cfg = job_return.hydra_cfg = None

@@ -15,7 +15,7 @@ from ..handover import hand_over
 from ..help import PROG
 from ..schema import UsageError, first_line
 from ..words import Words, of_hydra
-from .board import Sweep, share_of_cores
+from .board import BAD, Sweep, share_of_cores
 
 
 class JobFailed(Exception):
@@ -25,17 +25,18 @@ class JobFailed(Exception):
 def sweep(words: Words) -> int:
     """What the words list, or the rows of a table; 3 when some failed."""
     jobs, paired, runs = _jobs(words, any(o.startswith("hydra/sweeper=") for o in words.overrides))
-    bad = run(jobs, paired, runs, words)
-    if not paired:
+    bad, told = run(jobs, paired, runs, words)
+    if jobs and not paired:  # a sweeper that chooses them may have tried anything
         from ..compare.command import after_sweep
 
-        after_sweep(words)
+        after_sweep(told, runs)
     return refuse("some runs of the sweep failed; the same command runs those again and no other", 3) if bad else 0
 
 
-def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: Words) -> int:
-    """How many failed. `jobs`: the words of each, unless a sweeper chooses them; where they are `paired`, Hydra sees
-    nothing of these words but what is its own."""
+def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: Words
+        ) -> tuple[bool, list[dict[str, Any]]]:
+    """Whether any failed, and what each came to. `jobs`: the words of each, unless a sweeper chooses them; where they
+    are `paired`, Hydra sees nothing of these words but what is its own."""
     from .. import record
 
     given = {o.partition("=")[0]: o.partition("=")[2] for o in words.overrides}
@@ -57,7 +58,7 @@ def _cluster(words: Words, runs: Path) -> contextlib.AbstractContextManager[list
     return connected(words.overrides, words.search, runs)
 
 
-def _launched(board: Sweep, launcher: str, words: Words, own: Sequence[str]) -> int:
+def _launched(board: Sweep, launcher: str, words: Words, own: Sequence[str]) -> tuple[bool, list[dict[str, Any]]]:
     gave_up = False
     try:
         with board.watched(here=launcher == "basic"):
@@ -76,8 +77,8 @@ def _launched(board: Sweep, launcher: str, words: Words, own: Sequence[str]) -> 
         gave_up = True
         print(f"{PROG}: the launcher {launcher} gave up: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
     finally:
-        bad = board.close()
-    return max(bad, gave_up)
+        told = board.close()
+    return gave_up or any(said["state"] in BAD for said in told), told
 
 
 def _jobs(words: Words, chosen: bool) -> tuple[list[list[str]] | None, bool, Path]:

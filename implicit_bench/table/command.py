@@ -175,7 +175,7 @@ def run_missing(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]],
     todo.sort(key=lambda each: each[1])
     if launch.multirun and todo:
         runs = Path(todo[0][2].config["paths"]["runs"])
-        return 3 if run([job.overrides for _, _, job in todo], True, runs, launch) else 0
+        return 3 if run([job.overrides for _, _, job in todo], True, runs, launch)[0] else 0
     began, failed = time.monotonic(), 0
     for label, seed, job in todo:
         if budget is not None and time.monotonic() - began > budget:
