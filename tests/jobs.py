@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 
 from implicit_bench import config
@@ -24,11 +24,10 @@ def run(tmp: Path, *more: str) -> Outcome:
     return train(config.compose("train", given), given)
 
 
-def sweep(tmp: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
+def sweep(tmp: Path, *more: str, **environment: str) -> forked.Popen:
     """`train -m` in a process of its own, in that folder."""
     argv = [sys.executable, "-m", "implicit_bench", "train", "-m", "logger=none", *more]
-    return subprocess.Popen(argv, cwd=tmp, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, **environment})  # fmt: skip
+    return forked.Popen(argv, cwd=tmp, env={**os.environ, **environment})
 
 
 def by_seed(tmp: Path) -> dict[int, dict[str, Any]]:

@@ -3,10 +3,10 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import broken
+import forked
 import pytest
 import yaml
 from test_cli import Terminal
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 def check(folder, *words):
     argv = [sys.executable, "-m", "implicit_bench", "check", "--config-dir", "conf", "allow_targets=[my_parts]", *words]
     env = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120)
+    done = forked.run(argv, cwd=folder, env=env, timeout=120)
     assert done.stderr == ""
     return done.returncode, done.stdout
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import forked
 import jobs
 import pytest
 import yaml
@@ -30,8 +31,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 def command(*words, cwd, **environment):
     """implicit-bench in a process of its own, warnings as errors."""
     env = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", **environment}
-    return subprocess.Popen([sys.executable, "-m", "implicit_bench", *words], cwd=cwd, env=env, text=True,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return forked.Popen([sys.executable, "-m", "implicit_bench", *words], cwd=cwd, env=env)
 
 
 @pytest.fixture(autouse=True)

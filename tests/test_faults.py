@@ -4,7 +4,6 @@ of a run which nothing happened to. `make soak` does it at length and keeps a lo
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import forked
 import jobs
 import pytest
 import torch
@@ -55,11 +55,10 @@ def finish(top, undisturbed):
     return again
 
 
-def process(top, before="", words=RUN, **how):
+def process(top, before="", words=RUN, **where):
     """The command in a process of its own, after some lines of Python."""
     code = f"import sys\n{before}\nfrom implicit_bench.cli import main\nsys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen([sys.executable, "-c", code, "train", *jobs.words(top, *words)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)  # fmt: skip
+    return forked.Popen([sys.executable, "-c", code, "train", *jobs.words(top, *words)], **where)
 
 
 # ---------------------------------------------------------------------------------------------------------- SIGKILL
@@ -149,8 +148,7 @@ def half_done(tmp_path, monkeypatch):
     return stopped.folder
 
 
-def limit(size):
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+LIMIT = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
 
 
 @pytest.mark.parametrize("file", ["last.pt", "metrics.jsonl", "record.json"])
@@ -158,7 +156,7 @@ def test_a_file_that_cannot_grow(tmp_path, undisturbed, half_done, file):
     """Each in turn is the first that is too large: a checkpoint, the rows, the record."""
     size = {"last.pt": 200_000, "metrics.jsonl": (half_done / "metrics.jsonl").stat().st_size + 100, "record.json": 500}
     before = (half_done / "last.pt").read_bytes()
-    full = process(tmp_path, preexec_fn=limit(size[file]))
+    full = process(tmp_path, LIMIT.format(size=size[file]))
     _, err = full.communicate(timeout=120)
     assert full.returncode == 1, err
     assert "Traceback" not in err

@@ -4,11 +4,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import forked
 import pytest
 
 from implicit_bench.cli import main
@@ -31,7 +31,7 @@ def folder(tmp_path):
 def call(where, *words, code=0, configs="configs", **environment):
     argv = [sys.executable, "-c", SCRIPT, words[0], "--config-dir", str(configs), *words[1:]]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(argv, cwd=where, env=env, capture_output=True, text=True, check=False, timeout=200)
+    done = forked.run(argv, cwd=where, env=env, timeout=200)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -23,8 +23,9 @@ def test_a_sweep_by_the_local_executor(tmp_path):
 
 def test_at_the_end_of_its_time_a_run_saves_and_goes_back_into_the_queue(tmp_path):
     """submitit's job gets the signal that SLURM would send, and is submitted again by its handler."""
-    undisturbed = jobs.run(tmp_path / "undisturbed", "model=deq", "recipe.epochs=30")
-    words = ["model=deq", "seed=0", "recipe.epochs=30", "gpu.threads=1", *LOCAL]
+    run = ["model=deq", "recipe.epochs=10", "progress.save_s=0.2"]
+    undisturbed = jobs.run(tmp_path / "undisturbed", *run)
+    words = [*run, "seed=0", "gpu.threads=1", *LOCAL]
     sweep = jobs.sweep(tmp_path, *words)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/deq-*/last.pt")) and time.monotonic() < deadline:

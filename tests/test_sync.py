@@ -4,10 +4,10 @@ import atexit
 import http.server
 import json
 import os
-import subprocess
 import sys
 import threading
 
+import forked
 import pytest
 from test_log import KEY, FakeRun, fake, finished, inspect  # noqa: F401 (a fixture)
 from test_log import record as new
@@ -49,8 +49,7 @@ def live(tmp_path, monkeypatch):
     """A command run in a process of its own, as users do: its only run's folder."""
 
     def run(*words):
-        done = subprocess.run([sys.executable, "-m", "implicit_bench", *words, "gpu.threads=1"], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=200)  # fmt: skip
+        done = forked.run([sys.executable, "-m", "implicit_bench", *words, "gpu.threads=1"], cwd=tmp_path, timeout=200)
         assert done.returncode == 0, done.stderr
         monkeypatch.chdir(tmp_path)
         (folder,) = (tmp_path / "runs").iterdir()
@@ -67,7 +66,7 @@ from pathlib import Path
 from implicit_bench.sync import sync
 sys.exit(sync([Path({str(folder)!r})], {", ".join(options)}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=folder.parent)
+    done = forked.run([sys.executable, "-c", code], timeout=200, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout

@@ -9,13 +9,13 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 
+import forked
 import pytest
 from test_compare import ENVIRONMENT, put
 from test_log import inspect
@@ -457,8 +457,7 @@ def test_wandb_has_the_table_and_the_page(here, capsys, monkeypatch):
     """Offline, each in a process of its own, read back by wandb itself."""
     put(here, "deq", 0)
     for words in (["table", "table=mine", "--config-dir=own"], ["report"]):
-        done = subprocess.run([sys.executable, "-m", "implicit_bench", *words, "logger=wandb"], capture_output=True,
-                              text=True, check=False)  # fmt: skip
+        done = forked.run([sys.executable, "-m", "implicit_bench", *words, "logger=wandb"])
         assert done.returncode == 0, done.stderr
         assert "W&B offline" in done.stderr
         (folder,) = here.glob(f"runs/{words[0]}-*")

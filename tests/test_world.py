@@ -117,7 +117,7 @@ def test_a_run_over_two_processes_is_one_run(tmp_path):
 
 
 def test_a_killed_process_stops_all_and_any_number_of_them_goes_on(tmp_path):
-    words = [word for word in TRAIN if "epochs" not in word] + ["recipe.epochs=8"]
+    words = [word for word in TRAIN if "epochs" not in word] + ["recipe.epochs=5"]
     started = torchrun(tmp_path, *words)
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("runs/*/last.pt")):
