@@ -80,6 +80,8 @@ class Popen:
         self.wait(timeout)
         for reader in readers:
             reader.join(timeout)
+        self.stdout.close()
+        self.stderr.close()
         return said.get("stdout"), said.get("stderr")
 
     def send_signal(self, number):

@@ -341,6 +341,26 @@ def test_an_interrupt_stops_the_whole_sweep(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_bench_that_is_stopped_shows_the_rounds_it_has(sign, tmp_path):
+    words = ["bench", "model=deq,explicit", "rounds=100000", "memory=false", *jobs.words(tmp_path)]
+    process = command(*words, cwd=tmp_path)
+    deadline = time.monotonic() + 100
+    while not any(rows.stat().st_size for rows in tmp_path.glob("runs/*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(sign)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    ((_, rec),) = records(tmp_path).items()
+    assert rec["status"] == "interrupted"
+    assert rec["rounds"] >= 1
+    assert [row["label"] for row in rec["rows"]] == ["deq", "explicit ×10"]
+    assert re.search(r"^ deq .*\n explicit ×10 ", out, re.M)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(sign, tmp_path, capsys):
     words = ["train", "model=deq", *jobs.words(tmp_path, "recipe.max_steps=150", "progress.log_steps=1")]
     process = command(*words, cwd=tmp_path)

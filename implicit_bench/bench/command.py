@@ -21,6 +21,7 @@ from ..log import Sink
 from ..sync import replay
 from ..terminal import Bar, duration, progress, say
 from ..train import Interrupted
+from ..train.signals import sigterm_as_ctrl_c
 from . import memory, peers, show
 from .arithmetic import arithmetic_ms
 from .ratios import Prices, Stage, comparisons
@@ -86,7 +87,7 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
             raise config.UsageError(f"at={k} lies beyond the {rows[0].total:,} steps of the recipe; give fewer, or "
                                     "raise recipe.epochs")  # fmt: skip
     record.writable("paths.runs", Path(first["paths"]["runs"]))
-    with RunLock(folder):
+    with sigterm_as_ctrl_c(), RunLock(folder):
         attempt = record.next_attempt(folder, FILES)
         rec = record.new_record("bench", identity, attempt=attempt, protocol=jobs[0].choices.get("protocol"),
                                 experiment=jobs[0].choices.get("experiment"))  # fmt: skip
