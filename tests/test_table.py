@@ -304,20 +304,25 @@ def test_a_word_for_a_claim_of_twice_as_fast(ratios, word):
 
 def test_claims_are_of_the_last_point_of_the_latest_bench_of_a_table(here, capsys):
     r1 = ("R1", "neural_ode", "cdeq", "train")
-    bench(here, [(*r1, 9.0, 8.9, 9.1)], table="cdeq_mnist", name="old", started="2025-01-01T00:00:00+00:00")
-    id = bench(here, [(*r1, 1.1, 1.0, 1.2, {"at": 0}), (*r1, 2.5, 2.4, 2.6, {"at": 500})], table="cdeq_mnist")
-    bench(here, [(*r1, 7.0, 6.0, 8.0, {"at": 500})], table="cdeq_mnist", protocol="faithful", name="theirs")
+    bench(here, [(*r1, 9.0, 8.9, 9.1)], table="mdeq_fashion", name="old", started="2025-01-01T00:00:00+00:00")
+    id = bench(here, [(*r1, 1.1, 1.0, 1.2, {"at": 0}), (*r1, 2.5, 2.4, 2.6, {"at": 500})], table="mdeq_fashion")
+    bench(here, [(*r1, 7.0, 6.0, 8.0, {"at": 500})], table="mdeq_fashion", protocol="faithful", name="theirs")
     bench(here, [(*r1, 7.0, 6.0, 8.0)], table=None, name="free")
+    bench(here, [(*r1, 7.0, 6.0, 8.0)], table="cdeq_mnist", name="dense")  # the claim is about convolutional networks
+    bench(here, [(*r1, 1.5, 1.4, 1.6, {"at": 0})], table="cdeq_cifar10_small", name="fresh", hardware="another")
     _, rows = asked(capsys, table="claims")
     told = [row for row in rows if row["id"] == "R1"]
     assert [(r["protocol"], r["table"], r["at"], float(r["value"])) for r in told] == [
-        ("sound", "cdeq_mnist", "500", 2.5), ("faithful", "cdeq_mnist", "500", 7.0)]  # fmt: skip
-    assert (told[0]["verdict"], told[0]["record"]) == ("holds", id)
+        ("sound", "cdeq_cifar10_small", "0", 1.5), ("sound", "mdeq_fashion", "500", 2.5),
+        ("faithful", "mdeq_fashion", "500", 7.0)]  # fmt: skip
+    assert (told[1]["verdict"], told[1]["record"]) == ("partly", id)
     assert {row["verdict"] for row in rows if row["id"] == "H1"} == {"not testable here"}
     main(["table", "--config-dir=own"])
     out = capsys.readouterr().out
-    assert "neural_ode / cdeq, train 2.50× [2.40, 2.60], cdeq_mnist at 500" in out
+    assert "neural_ode / cdeq, train 2.50× [2.40, 2.60], mdeq_fashion at 500" in out
+    assert "neural_ode / cdeq, train 1.50× [1.40, 1.60], cdeq_cifar10_small at 0" in out
     assert "free" not in out
+    assert "dense" not in out
 
 
 def test_every_claim_of_the_file_is_one_that_ratios_have():
@@ -417,18 +422,18 @@ def test_a_report_is_one_page_that_fetches_nothing_and_has_what_was_measured(her
     for seed in (0, 1):
         put(here, "cdeq", seed)
         put(here, "neural_ode", seed, converged=None)
-    bench(here, [("R1", "neural_ode", "cdeq", "train", 2.5, 2.4, 2.6)], table="cdeq_mnist",
+    bench(here, [("R1", "neural_ode", "cdeq", "train", 2.5, 2.4, 2.6)], table="mdeq_fashion",
           rows=[timed("cdeq", 10.0), timed("neural_ode", 25.0)])  # fmt: skip
     assert main(["report"]) == 0
     text = (here / "report/report.html").read_text()
     page = Page(text)
     assert page.fetched == []
-    assert "neural_ode / cdeq, train 2.50× [2.40, 2.60], cdeq_mnist" in text
+    assert "neural_ode / cdeq, train 2.50× [2.40, 2.60], mdeq_fashion" in text
     assert 'class="holds"' in text
     assert len(page.pictures) == 3  # speed-ups, memory, accuracy against time
     assert all(p.startswith("<?xml") and "<svg" in p for p in page.pictures)
     names = {path.name for path in (here / "report/figures").iterdir()}
-    for name in ("speedup-cdeq_mnist-sound-box", "memory-cdeq_mnist-sound-box", "accuracy-digits_sound_box"):
+    for name in ("speedup-mdeq_fashion-sound-box", "memory-mdeq_fashion-sound-box", "accuracy-digits_sound_box"):
         assert {f"{name}.svg", f"{name}.png", f"{name}.pdf", f"{name}-narrow.pdf"} <= names
     widths = [float(re.search(rb"/MediaBox\s*\[\s*0 0 ([\d.]+)", (here / f"report/figures/{name}").read_bytes())[1])
               for name in ("memory-cdeq_mnist-sound-box.pdf", "memory-cdeq_mnist-sound-box-narrow.pdf")]  # fmt: skip

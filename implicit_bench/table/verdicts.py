@@ -25,23 +25,30 @@ class Found(NamedTuple):
     @property
     def settled(self) -> bool:
         """Of solves that converged, and with an interval, unless it is of a kind that has none."""
-        told = self.ratio["low"] is not None and "few rounds" not in self.ratio["verdict"]
-        return told and not any(SHY in caveat for caveat in self.ratio["caveats"])
+        return self.ratio["low"] is not None and not self.hasty and not self.shy
+
+    @property
+    def hasty(self) -> bool:
+        return "few rounds" in self.ratio["verdict"]
+
+    @property
+    def shy(self) -> bool:
+        return any(SHY in caveat for caveat in self.ratio["caveats"])
 
     @property
     def interval(self) -> str:
         r = self.ratio
         if r["measure"] == "logits":
             return f"{r['verdict']} (largest difference {r['value']:.0e})" if r["value"] else r["verdict"]
-        if r["low"] is None or r["low"] == r["high"]:
+        if r["low"] is None or r["low"] == r["high"] or self.hasty:  # `bench` shows no interval either
             return f"{r['value']:.2f}×"
         return f"{r['value']:.2f}× [{r['low']:.2f}, {r['high']:.2f}]"
 
     def __str__(self) -> str:
         r = self.ratio
-        where = f"{self.table}" + (f" at {self.at:,}" if self.at else "")
-        shy = f", {SHY}" if any(SHY in caveat for caveat in r["caveats"]) else ""
-        return f"{r['numerator']} / {r['denominator']}, {r['measure']} {self.interval}, {where}{shy}"
+        where = f"{self.table}" + (f" at {self.at:,}" if self.at is not None else "")
+        but = (f", {SHY}" if self.shy else "") + (f", {r['n']} rounds only" if self.hasty else "")
+        return f"{r['numerator']} / {r['denominator']}, {r['measure']} {self.interval}, {where}{but}"
 
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
@@ -54,11 +61,11 @@ def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables:
         if rec["protocol"] != protocol or name in (None, "none") or (tables and name not in tables):
             continue
         fits = [r for r in rec["ratios"] if r["id"] in ids and r["value"] is not None]
-        last = max((r.get("at") or 0 for r in fits), default=0)
+        last = max((r["at"] for r in fits if r.get("at") is not None), default=None)
         for r in fits:
-            if (r.get("at") or 0) == last:
+            if r.get("at") == last:
                 key = name, env["hardware"], rec["command"], r["numerator"], r["denominator"], r["measure"]
-                found[key] = Found(name, protocol, env["hardware"], last or None, r, run)
+                found[key] = Found(name, protocol, env["hardware"], last, r, run)
     return [found[key] for key in sorted(found, key=str)]
 
 
