@@ -283,7 +283,7 @@ class ImageData(Dataset):
             splits, sha256 = super(ImageData, self)._splits(root, None)
             return [part for split in splits for part in (split.x, split.y)], sha256
 
-        tensors, sha256 = mapped(root / ".mapped" / f"{self.name}-{key}", make)
+        tensors, sha256 = mapped(root / ".mapped" / f"{self.name}-{key}.pt", make)
         return [Split(x, y) for x, y in zip(tensors[::2], tensors[1::2])], sha256
 
     def describe(self, root: Path) -> dict[str, Any]:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
-import shutil
-import tempfile
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,46 +29,28 @@ def one_at_a_time(root: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def mapped(folder: Path, make: Callable[[], tuple[Sequence[Tensor], str]]) -> tuple[list[Tensor], str]:
-    """The tensors that `make` makes, and a word about them, from the files in `folder`; made and kept there if need be.
+def mapped(file: Path, make: Callable[[], tuple[Sequence[Tensor], str]]) -> tuple[list[Tensor], str]:
+    """The tensors that `make` makes, and a word about them, from a file of torch's; made and kept there if need be.
 
-    The memory is the page cache's, shared by all who map it; what a process writes into it stays its own. A folder that
+    The memory is the page cache's, shared by all who map it; what a process writes into it stays its own. A file that
     cannot be written costs nothing but that.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError):
-        return _read(folder)
+    with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return _read(file)
     tensors, word = make()
+    work = file.with_name(f"{file.name}.{os.getpid()}.new")
     try:
-        _write(folder, tensors, word)
-        return _read(folder)
-    except OSError:
+        file.parent.mkdir(exist_ok=True)
+        whole = [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in tensors]  # a view brings it all
+        torch.save({"tensors": whole, "word": word}, work)
+        work.replace(file)
+        return _read(file)
+    except (OSError, RuntimeError):  # of a full disk, too
+        with contextlib.suppress(OSError):
+            work.unlink(missing_ok=True)
         return [*tensors], word
 
 
-def _read(folder: Path) -> tuple[list[Tensor], str]:
-    index: dict[str, Any] = json.loads((folder / "index.json").read_text())
-    found = []
-    for k, (dtype, shape) in enumerate(index["tensors"]):
-        kind, size = getattr(torch, dtype), math.prod(shape)
-        path = folder / str(k)
-        if path.stat().st_size != size * kind.itemsize:
-            raise ValueError(f"{path} is not whole")
-        found.append(torch.from_file(str(path), False, size, dtype=kind).view(shape) if size else
-                     torch.empty(shape, dtype=kind))  # fmt: skip
-    return found, index["word"]
-
-
-def _write(folder: Path, tensors: Sequence[Tensor], word: str) -> None:
-    """The folder is there whole or not at all."""
-    folder.parent.mkdir(exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
-    try:
-        for k, tensor in enumerate(tensors):
-            (work / str(k)).write_bytes(tensor.contiguous().numpy().data)
-        index = {"tensors": [[str(t.dtype).removeprefix("torch."), [*t.shape]] for t in tensors], "word": word}
-        (work / "index.json").write_text(json.dumps(index))
-        work.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _read(file: Path) -> tuple[list[Tensor], str]:
+    found = torch.load(file, mmap=True, weights_only=True)
+    return found["tensors"], found["word"]

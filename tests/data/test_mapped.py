@@ -24,13 +24,13 @@ def same(found, tensors=TENSORS):
 
 
 def test_made_once_and_then_read(tmp_path):
-    folder = tmp_path / "maps/x"
-    first, word = mapped(folder, lambda: (TENSORS, "word"))
-    again, same_word = mapped(folder, never)
+    file = tmp_path / "maps/x.pt"
+    first, word = mapped(file, lambda: (TENSORS, "word"))
+    again, same_word = mapped(file, never)
     assert same(first)
     assert same(again)
     assert word == same_word == "word"
-    assert [path.name for path in folder.parent.iterdir()] == ["x"]
+    assert [path.name for path in file.parent.iterdir()] == ["x.pt"]
 
 
 def test_what_one_writes_into_it_stays_its_own(tmp_path):
@@ -40,16 +40,26 @@ def test_what_one_writes_into_it_stays_its_own(tmp_path):
     assert same(mapped(tmp_path / "x", never)[0])
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "index"])
-def test_one_that_is_not_whole_is_made_anew(tmp_path, damage):
-    folder = tmp_path / "x"
-    mapped(folder, lambda: (TENSORS, ""))
-    path = folder / ("index.json" if damage == "index" else "0")
-    path.unlink() if damage == "remove" else os.truncate(path, 2)
+@pytest.mark.parametrize("left", [0, 2, 1_000, -1])
+def test_one_that_is_not_whole_is_made_anew(tmp_path, left):
+    file = tmp_path / "x"
+    mapped(file, lambda: (TENSORS, ""))
+    os.truncate(file, left if left >= 0 else file.stat().st_size + left)
     asked = []
-    assert same(mapped(folder, lambda: asked.append(1) or (TENSORS, ""))[0])
+    assert same(mapped(file, lambda: asked.append(1) or (TENSORS, ""))[0])
     assert asked == [1]
-    assert same(mapped(folder, never)[0])
+    assert same(mapped(file, never)[0])
+
+
+def test_of_a_view_only_what_is_seen_is_kept(tmp_path):
+    mapped(tmp_path / "x", lambda: ([torch.zeros(1_000_000)[:3]], ""))
+    assert (tmp_path / "x").stat().st_size < 10_000
+
+
+def test_where_the_disk_is_full_it_is_made(tmp_path):
+    (tmp_path / f"x.{os.getpid()}.new").symlink_to("/dev/full")
+    assert same(mapped(tmp_path / "x", lambda: (TENSORS, ""))[0])
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_nothing_can_be_written_it_is_made(tmp_path):
