@@ -77,7 +77,11 @@ class Popen:
                    for name in ("stdout", "stderr")]  # fmt: skip
         for reader in readers:
             reader.start()
-        self.wait(timeout)
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()  # or it would go on beside the tests that follow
+            raise
         for reader in readers:
             reader.join(timeout)
         self.stdout.close()
@@ -97,11 +101,7 @@ class Popen:
 
 def run(argv, *, cwd=None, env=None, timeout=None):
     process = Popen(argv, cwd=cwd, env=env)
-    try:
-        out, err = process.communicate(timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+    out, err = process.communicate(timeout)
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
@@ -181,6 +181,7 @@ def _child(request, out, err):
 
 
 def _as_if_new(request, out, err):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where Ctrl-C is ignored, as behind nohup
     null = os.open(os.devnull, os.O_RDONLY)
     for fd, to in ((null, 0), (out, 1), (err, 2)):
         os.dup2(fd, to)
