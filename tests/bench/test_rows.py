@@ -76,13 +76,15 @@ def test_warming_up_leaves_no_trace(made):
 def test_unit_costs_are_of_one_call(made):
     for row in made("deq", "resnet"):  # of the untied cells each is applied once a solve
         state = torch.random.get_rng_state()
-        price = row.prices()
+        prices = [row.prices() for _ in range(3)]
         assert torch.equal(torch.random.get_rng_state(), state)
         step = row.measure(5)
-        assert 0 < price.f < step["forward"]
-        assert price.f < price.f_graph * 1.5
-        assert 0 < price.vjp < step["backward"]
-        assert price.vjp < price.vjp_all * 1.5
+        f, f_graph, vjp, vjp_all = (min(getattr(price, name) for price in prices)  # other tests run beside this one
+                                    for name in ("f", "f_graph", "vjp", "vjp_all"))  # fmt: skip
+        assert 0 < f < step["forward"]
+        assert f < f_graph * 1.5
+        assert 0 < vjp < step["backward"]
+        assert vjp < vjp_all * 1.5
 
 
 @pytest.mark.parametrize(
