@@ -7,7 +7,7 @@ help:             ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
-	@start=$$(date +%s); echo "setup   building $(VENV) (about a minute, once)"; \
+	@start=$$(date +%s); echo "setup   building $(VENV) (one to three minutes, once)"; \
 	python3 -m venv $(VENV) && $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]" && \
 	touch $@ && echo "setup   $(VENV) ready ($$(( $$(date +%s) - start )) s, once)"
 

@@ -1,8 +1,9 @@
 """The figures of docs/reliability.md: what a job of a sweep costs that is done already, and jobs an hour by launcher.
 
-usage: python scripts/sweeps.py [done launchers] [--jobs N] [--render FILE]
+usage: python scripts/sweeps.py [done launchers soak] [--jobs N] [--render FILE]
 
-`launchers` runs the same jobs by each launcher that is installed, alone for the machine; `make soak` has the rest.
+`launchers` runs the same jobs by each launcher that is installed, alone for the machine; `soak` draws the memory that
+`make soak` has noted in results/soak.log.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import sys
 import tempfile
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import page
 
 from implicit_bench import machine
-from implicit_bench.report import tables
+from implicit_bench.report import plots, tables
 
 SHORT = ("recipe.max_steps=2", "logger=none", "gpu.threads=1")
 JOB = ("model=skip_deq", "recipe.epochs=2", "logger=none")
@@ -89,6 +91,14 @@ def launchers(jobs: int) -> dict[str, Any]:
     return found
 
 
+def curve(log: Path, picture: Path) -> None:
+    """Memory after each run of one process."""
+    values = [int(word) for word in re.search(r"^soak of .*: (.*)$", log.read_text(), re.M)[1].split()]  # type: ignore[index]
+    series = {"a process, after each of its runs": [(range(1, len(values) + 1), values)],
+              "5 % above the twentieth": [((20, len(values)), 2 * (1.05 * values[19],))]}  # fmt: skip
+    plots.lines([picture], 6.75, series, "run", "MiB", f"{len(values)} runs in one process")
+
+
 def render(text: str, found: dict[str, Any]) -> str:
     parts = {}
     where = found["machine"]["hardware"]
@@ -106,8 +116,12 @@ def render(text: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     found = page.parser(__doc__, "reliability", {"jobs": 24})
-    args = page.asked(found, ("done", "launchers"), render)
+    args = page.asked(found, ("done", "launchers", "soak"), render)
     if args is None:
+        return
+    if "soak" in args.names:
+        curve(args.results / "soak.log", args.page.with_name("soak.svg"))
+    if args.names == ["soak"]:
         return
     file, where = page.kept(args.results, "sweeps.json")
     content = json.loads(file.read_text()) if file.exists() else {}

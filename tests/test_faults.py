@@ -389,7 +389,8 @@ def test_many_runs_in_one_process_leak_nothing(tmp_path):
     assert len(seen) == many
     base, last = seen[settled], seen[-1]
     log(f"soak of {many} runs, MiB after each: " + " ".join(f"{each['mib']:.0f}" for each in seen))
-    log(f"threads {base['threads']} then {last['threads']}, files {base['files']} then {last['files']}")
+    log("then and at the end: " + ", ".join(f"{base[name]} and {last[name]} {name}" for name in (
+        "threads", "files", "children")))  # fmt: skip
     assert max(each["mib"] for each in seen[settled:]) < 1.05 * base["mib"]
     assert (last["threads"], last["children"]) == (base["threads"], base["children"])
     assert last["files"] <= base["files"]
