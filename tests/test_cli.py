@@ -340,15 +340,19 @@ def test_an_interrupt_stops_the_whole_sweep(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------- one run: signals, repeats
 
 
+def once_it_has_written(process, top):
+    deadline = time.monotonic() + 100
+    while not any(rows.stat().st_size for rows in top.glob("runs/*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_bench_that_is_stopped_shows_the_rounds_it_has(sign, tmp_path):
     words = ["bench", "model=deq,explicit", "rounds=100000", "memory=false", *jobs.words(tmp_path)]
     process = command(*words, cwd=tmp_path)
-    deadline = time.monotonic() + 100
-    while not any(rows.stat().st_size for rows in tmp_path.glob("runs/*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    once_it_has_written(process, tmp_path)
     process.send_signal(sign)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -364,11 +368,7 @@ def test_a_bench_that_is_stopped_shows_the_rounds_it_has(sign, tmp_path):
 def test_a_signal_saves_and_the_same_command_goes_on(sign, tmp_path, capsys):
     words = ["train", "model=deq", *jobs.words(tmp_path, "recipe.max_steps=150", "progress.log_steps=1")]
     process = command(*words, cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not any(rows.stat().st_size for rows in tmp_path.glob("runs/*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    once_it_has_written(process, tmp_path)
     process.send_signal(sign)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
