@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from . import machine
+from .limits import limit_memory
 from .machine import cores
 from .world import here, world
 
@@ -72,6 +73,8 @@ class Device:
         torch.set_num_threads(self.threads)
         if self.torch.type == "cuda":
             machine.take_gpu()
+        else:
+            limit_memory()
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)

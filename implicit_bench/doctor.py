@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from . import terminal
+from .limits import cgroup, free_memory
 from .mirror import key_source
 from .report import tables
 from .terminal import progress
 
 NAME = "implicit-bench"
 GIB = 2**30
-_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 State = Literal["ok", "warn", "bad"]
 MARKS = {"ok": "✓", "warn": "!", "bad": "✗"}
 
@@ -154,26 +154,13 @@ def _torchvision(*_: Path) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------------------ machine
 
 
-def _cgroup(name: str) -> Iterator[str]:
-    """What this process's control group, and those above it, say of a limit."""
-    place = "/"
-    with suppress(OSError):
-        lines = (_PROC / "self/cgroup").read_text().splitlines()
-        place = next((line.partition("::")[2] for line in lines if "::" in line), "/")
-    folder = _CGROUP
-    for part in (".", *filter(None, place.split("/"))):
-        folder = folder / part
-        with suppress(OSError):
-            yield (folder / name).read_text().strip()
-
-
 def cores() -> tuple[float, str]:
     """The cores that this process may use, and what limits them."""
     from . import machine
 
     limits = {"": float(os.cpu_count() or 1)}
     limits["its affinity"] = float(machine.cores())
-    for quota, period in (text.split() for text in _cgroup("cpu.max")):
+    for quota, period in (text.split() for (text,) in cgroup("cpu.max")):
         if quota != "max":
             here = float(quota) / float(period)
             limits["its control group"] = min(here, limits.get("its control group", here))
@@ -209,14 +196,9 @@ def _load(*_: Path) -> Iterator[Finding]:
 
 
 def _memory(*_: Path) -> Iterator[Finding]:
-    free: list[float] = []
-    with suppress(OSError):
-        lines = (_PROC / "meminfo").read_text().splitlines()
-        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    for limit, used in zip(_cgroup("memory.max"), _cgroup("memory.current")):
-        free += [int(limit) - int(used)] if limit != "max" else []
-    text = f"{min(free) / GIB:.1f} GiB free" if free else "what is free cannot be told here"
-    yield _found("memory", text, "end other programs, or lower recipe.batch", bool(free) and min(free) < GIB)
+    free = free_memory()
+    text = "what is free cannot be told here" if free is None else f"{free / GIB:.1f} GiB free"
+    yield _found("memory", text, "end other programs, or lower recipe.batch", free is not None and free < GIB)
 
 
 def _allocator(*_: Path) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from implicit_bench import doctor, machine
+from implicit_bench import doctor, limits, machine
 from implicit_bench.doctor import GIB, Finding, cores, examine, show
 from implicit_bench.machine import gflops
 
@@ -206,8 +206,8 @@ def test_the_peaks_count_two_a_multiply_add_and_restore_the_threads(tmp_path, mo
 @pytest.fixture
 def host(tmp_path, monkeypatch):
     """A host of 8 cores with a /proc and a control group of ours; returns what writes their files."""
-    monkeypatch.setattr(doctor, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(doctor, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(limits, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(limits, "_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -272,7 +272,9 @@ def test_who_else_is_at_work(tmp_path, monkeypatch, others, average, state):
         ({"proc__meminfo": f"MemTotal: 1 kB\nMemAvailable: {8 * 2**20} kB"}, "ok", "8.0 GiB free"),
         ({"proc__meminfo": f"MemAvailable: {2**19} kB"}, "warn", "0.5 GiB free"),
         ({"proc__meminfo": f"MemAvailable: {8 * 2**20} kB", "cgroup__memory-max": str(2 * GIB),
-          "cgroup__memory-current": str(GIB + GIB // 2)}, "warn", "0.5 GiB free"),
+          "cgroup__memory-current": str(GIB + GIB // 2), "cgroup__memory-stat": "anon 3"}, "warn", "0.5 GiB free"),
+        ({"cgroup__memory-max": str(2 * GIB), "cgroup__memory-current": str(2 * GIB),
+          "cgroup__memory-stat": f"active_file {GIB}\ninactive_file {GIB // 2}"}, "ok", "1.5 GiB free"),
     ],
 )  # fmt: skip
 def test_memory_that_is_free(host, tmp_path, files, state, text):

@@ -140,6 +140,25 @@ def test_too_little_memory_is_told_with_its_remedy_and_any_other_error_by_its_fi
     assert machine.told(ValueError("one\ntwo")) == "ValueError: one"
 
 
+@LINUX
+def test_what_is_more_than_the_memory_that_is_free_is_refused_at_once_and_anew_each_time():
+    fits, refused, later = python("""
+from implicit_bench import limits
+limits.free_memory = lambda: 2**28
+limits.limit_memory()
+fits = torch.ones(2**25).numel()  # 128 MiB
+try:
+    torch.ones(2**27)
+except RuntimeError as error:
+    refused = machine.told(error)
+limits.free_memory = lambda: 2**30
+limits.limit_memory()
+print(json.dumps([fits, refused, torch.ones(2**27).numel()]))
+""")
+    assert (fits, later) == (2**25, 2**27)
+    assert refused.startswith("out of memory; lower recipe.batch")
+
+
 def test_peak_memory_sees_a_tensor_that_is_gone_until_reset():
     base, high, reset, low = python("""
 base = machine.peak_memory_mib()
