@@ -159,7 +159,7 @@ def test_a_target_that_one_seed_did_not_reach_has_no_time(here, capsys):
     assert "not reached" in capsys.readouterr().out
 
 
-def test_a_row_of_a_bench_is_the_last_point_of_the_latest_bench_of_the_table(here, capsys):
+def test_a_row_of_a_bench_is_the_latest_of_those_furthest_along_training(here, capsys):
     bench(here, [], rows=[timed("deq", 50.0)], name="old", started="2025-01-01T00:00:00+00:00")
     bench(here, [], rows=[timed("deq ×18", 80.0)], name="new")
     bench(here, [], rows=[timed("deq", 999.0)], name="foreign", table="cdeq_mnist")
@@ -168,6 +168,9 @@ def test_a_row_of_a_bench_is_the_last_point_of_the_latest_bench_of_the_table(her
     assert float(deq["train_s"]) == 0.08
     assert deq["params"] == "42378.0"
     assert cdeq["train_s"] == ""
+    bench(here, [], rows=[timed("deq", 70.0) | {"at": 500}], name="far", started="2025-01-01T00:00:00+00:00")
+    _, (deq, _) = asked(capsys, "columns=train_s")
+    assert float(deq["train_s"]) == 0.07
 
 
 def test_formats_hold_the_same_cells_and_the_same_records_give_the_same_bytes(here, capsys):
@@ -302,11 +305,15 @@ def test_a_word_for_a_claim_of_twice_as_fast(ratios, word):
     assert verdicts.verdict({"least": 2.0}, ratios) == word
 
 
-def test_claims_are_of_the_last_point_of_the_latest_bench_of_a_table(here, capsys):
+def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, capsys):
     r1 = ("R1", "neural_ode", "cdeq", "train")
+    bench(here, [(*r1, 8.0, 7.9, 8.1, {"at": 500})], table="mdeq_fashion", name="older",
+          started="2025-01-01T00:00:00+00:00")  # fmt: skip
     bench(here, [(*r1, 9.0, 8.9, 9.1)], table="mdeq_fashion", name="old", started="2025-01-01T00:00:00+00:00")
     id = bench(here, [(*r1, 1.1, 1.0, 1.2, {"at": 0}), (*r1, 2.5, 2.4, 2.6, {"at": 500})], table="mdeq_fashion")
-    bench(here, [(*r1, 7.0, 6.0, 8.0, {"at": 500})], table="mdeq_fashion", protocol="faithful", name="theirs")
+    bench(here, [(*r1, 7.0, 6.0, 8.0, {"at": 500})], table="mdeq_fashion", protocol="faithful", name="theirs",
+          started="2025-01-01T00:00:00+00:00")  # fmt: skip
+    bench(here, [(*r1, 3.0, 2.0, 4.0, {"at": 100})], table="mdeq_fashion", protocol="faithful", name="newer")
     bench(here, [(*r1, 7.0, 6.0, 8.0)], table=None, name="free")
     bench(here, [("R4", "cdeq", "skip_cdeq", "train", 7.0, 6.0, 8.0)], table="cdeq_mnist", name="dense")  # is R7's
     bench(here, [(*r1, 1.5, 1.4, 1.6, {"at": 0})], table="cdeq_cifar10_small", name="fresh", hardware="another")

@@ -47,15 +47,14 @@ def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: W
     own = [o for o in own if not o.startswith("hydra.sweep.dir=")]
     own = [*own, f"+job=range({len(jobs or ())})"] if paired else own
     own += [f"hydra.sweep.dir='{board.folder}'", "+hydra.callbacks.lean._target_=implicit_bench.sweep.board.Lean"]
-    with _cluster(words, runs) if launcher == "ray" else contextlib.nullcontext([]) as more:
+    cluster: contextlib.AbstractContextManager[list[str]] = contextlib.nullcontext([])
+    if launcher == "ray":
+        from .cluster import connected
+
+        cluster = connected(words.overrides, words.search, runs)
+    with cluster as more:
         board.begin(jobs, paired)
         return _launched(board, launcher, words, [*own, *more])
-
-
-def _cluster(words: Words, runs: Path) -> contextlib.AbstractContextManager[list[str]]:
-    from .cluster import connected
-
-    return connected(words.overrides, words.search, runs)
 
 
 def _launched(board: Sweep, launcher: str, words: Words, own: Sequence[str]) -> tuple[bool, list[dict[str, Any]]]:

@@ -210,18 +210,16 @@ def benches(everything: Sequence[Run], table: str, protocol: str) -> list[Run]:
 
 
 def timed(everything: Sequence[Run], table: str, protocol: str, label: str) -> dict[str, Timed]:
-    """The latest bench of a row on each machine; its memory may be an earlier one's, where the latest measured none."""
+    """Of a row on each machine, as it was timed furthest along training, and of such the latest; its memory is another
+    bench's where that one measured none."""
     found: dict[str, Timed] = {}
-    for run in benches(everything, table, protocol):
-        rows = [(k, row) for k, row in enumerate(run.record["rows"]) if row["label"].partition(" ×")[0] == label]
-        where = run.record["environment"]["hardware"]
-        if not rows:
-            continue
-        last = max(rows, key=lambda each: (each[1].get("at") or 0, each[0]))[1]
-        batch = run.record["config"]["rows"][0]["recipe"]["batch"]
-        latest = found.setdefault(where, Timed(last, batch, run.record))
-        if batch == latest.batch and _found(latest.row, ("memory", "train_mib")) is None:
-            found[where] = latest._replace(row={**latest.row, "memory": last.get("memory")})
+    rows = [(row, run.record) for run in benches(everything, table, protocol) for row in run.record["rows"]
+            if row["label"].partition(" ×")[0] == label]  # fmt: skip
+    for row, rec in sorted(rows, key=lambda each: each[0].get("at") or 0, reverse=True):
+        where, batch = rec["environment"]["hardware"], rec["config"]["rows"][0]["recipe"]["batch"]
+        best = found.setdefault(where, Timed(row, batch, rec))
+        if batch == best.batch and _found(best.row, ("memory", "train_mib")) is None:
+            found[where] = best._replace(row={**best.row, "memory": row.get("memory")})
     return found
 
 

@@ -147,8 +147,8 @@ def of_bars(table: Table, everything: Sequence[Run], protocol: str) -> Grid:
             r, used[fits[-1].run.record["run_id"]] = fits[-1].ratio, fits[-1].run
             up = r["numerator"] == line["row"]
             values = [r["value"], r["low"], r["high"]] if up else [1 / r[k] for k in ("value", "high", "low")]
-            shy = "" if fits[-1].settled else f", {verdicts.SHY}"
-            said = f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]{shy}"
+            between = "" if fits[-1].hasty else f" [{values[1]:.2f}, {values[2]:.2f}]"
+            said = f"{values[0]:.2f}{between}{fits[-1].but}"
         quotient, bar = line["table"], line["bar"]
         slip = "lower by .200" if round(quotient - bar, 2) == 0.2 else ""
         rows.append([line["of"], line["row"], line["measure"], f"{bar:.3f}", f"{quotient:.3f}", slip, said])

@@ -44,15 +44,18 @@ class Found(NamedTuple):
             return f"{r['value']:.2f}×"
         return f"{r['value']:.2f}× [{r['low']:.2f}, {r['high']:.2f}]"
 
+    @property
+    def but(self) -> str:
+        return (f", {SHY}" if self.shy else "") + (f", {self.ratio['n']} rounds only" if self.hasty else "")
+
     def __str__(self) -> str:
         r = self.ratio
         where = f"{self.table}" + (f" at {self.at:,}" if self.at is not None else "")
-        but = (f", {SHY}" if self.shy else "") + (f", {r['n']} rounds only" if self.hasty else "")
-        return f"{r['numerator']} / {r['denominator']}, {r['measure']} {self.interval}, {where}{but}"
+        return f"{r['numerator']} / {r['denominator']}, {r['measure']} {self.interval}, {where}{self.but}"
 
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
-    """The latest of each table, machine and pair of rows."""
+    """Of each table, machine and pair of rows the one furthest along training, of such the latest."""
     found: dict[tuple[Any, ...], Found] = {}
     runs = [run for run in everything if run.record["command"] in ("bench", "compare") and run.record.get("ratios")]
     for run in sorted(runs, key=lambda run: record.started(run.record, run.folder)):
@@ -65,7 +68,8 @@ def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables:
         for r in fits:
             if r.get("at") == last:
                 key = name, env["hardware"], rec["command"], r["numerator"], r["denominator"], r["measure"]
-                found[key] = Found(name, protocol, env["hardware"], last, r, run)
+                if key not in found or (last or 0) >= (found[key].at or 0):
+                    found[key] = Found(name, protocol, env["hardware"], last, r, run)
     return [found[key] for key in sorted(found, key=str)]
 
 
