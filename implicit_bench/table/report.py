@@ -111,8 +111,8 @@ def sections(everything: Sequence[Run], folder: Path) -> list[Section]:
     benches, trained, bar = _benches(everything), _trainings(everything), Bar(0, "figures")
     speeds, memory = [], []
     for key, runs in benches.items():
-        name, title = "-".join([*key[:2], machine.folder_name(key[2])]), _title(runs[-1])
-        at = max((r.get("at") or 0 for r in runs[-1].record["rows"]), default=0)
+        at = max((row.get("at") or 0 for run in runs for row in run.record["rows"]), default=0)
+        name, title = "-".join([*key[:2], machine.folder_name(key[2])]), _title(runs[-1], at)
         bars = [*{bar[0]: bar for run in runs for bar in _bars(run, at)}.values()]  # the latest of each pair
         if bars:
             speeds.append(drawn(f"speedup-{name}", title, partial(plots.ratio_bars, bars=bars, title=title)))
@@ -171,9 +171,8 @@ def _table(run: Run) -> str | None:
     return name
 
 
-def _title(run: Run) -> str:
+def _title(run: Run, at: int) -> str:
     rec = run.record
-    at = max((r.get("at") or 0 for r in rec["rows"]), default=0)
     what = _table(run) or run.name.split("-")[1]
     step = f", step {at:,}" if at else ""
     return f"{what}, {rec['protocol']}, batch {_batch(run)}{step}, {rec['environment']['cpu']}"
