@@ -81,11 +81,19 @@ def finishing_on_signals() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Outside the loop SIGTERM ends a run as Ctrl-C does, with a record that says so; a queue's library keeps it."""
+    """Outside the loop SIGTERM ends a run as Ctrl-C does, with a record that says so; a queue's library keeps it.
+
+    Once: `timeout`, and schedulers, send it to a process and to its group, and the second would end the writing.
+    """
     if not _main() or queue():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def end(signum: int, frame: Any) -> None:
+        signal.signal(signum, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
