@@ -202,20 +202,15 @@ def read(dirs: Sequence[Path]) -> list[Run]:
     return list(found.values())
 
 
-def benches(everything: Sequence[Run], table: str, protocol: str) -> list[Run]:
-    """Of one table and protocol, those that came to figures, the latest first."""
-    fits = [run for run in everything if run.record["command"] == "bench" and run.record.get("rows")
-            and run.record["config"].get("table") == table and run.record["protocol"] == protocol]  # fmt: skip
-    return sorted(fits, key=lambda run: record.started(run.record, run.folder), reverse=True)
-
-
 def timed(everything: Sequence[Run], table: str, protocol: str, label: str) -> dict[str, Timed]:
-    """Of a row on each machine, as it was timed furthest along training, and of such the latest; its memory is another
-    bench's where that one measured none."""
+    """Of a row on each machine, as the table's benches timed it furthest along training, and of such the latest; its
+    memory is another bench's where that one measured none."""
     found: dict[str, Timed] = {}
-    rows = [(row, run.record) for run in benches(everything, table, protocol) for row in run.record["rows"]
+    rows = [(row.get("at") or 0, record.started(run.record, run.folder), row, run.record) for run in everything
+            if run.record["command"] == "bench" and run.record["config"].get("table") == table
+            and run.record["protocol"] == protocol for row in run.record.get("rows") or ()
             if row["label"].partition(" ×")[0] == label]  # fmt: skip
-    for row, rec in sorted(rows, key=lambda each: each[0].get("at") or 0, reverse=True):
+    for *_, row, rec in sorted(rows, key=lambda each: each[:2], reverse=True):
         where, batch = rec["environment"]["hardware"], rec["config"]["rows"][0]["recipe"]["batch"]
         best = found.setdefault(where, Timed(row, batch, rec))
         if batch == best.batch and _found(best.row, ("memory", "train_mib")) is None:
