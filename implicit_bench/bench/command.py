@@ -215,9 +215,9 @@ class Timing:
         if not rows:
             return None
         k, budget = steps_a_round([row.step_ms for row in rows]), self.budget and self.budget / len(self.at)
-        one = sum(row.step_ms for row in rows) * 1.5e-3  # a step and a prediction of each
-        expected = left * (budget or self.rounds * k * one)
-        expected += (left - 1) * sum((1 + 3 * warm_steps(row.step_ms)) * row.step_ms for row in rows) * 1.5e-3
+        both = {row.label: row.warm.times[-1] for row in rows if row.warm}  # s of a step and a prediction
+        expected = left * (budget or self.rounds * k * sum(both.values()))
+        expected += (left - 1) * sum((1 + 3 * warm_steps(row.step_ms)) * both[row.label] for row in rows)
         many = f"{self.rounds} rounds" if budget is None else duration(budget)
         point = "" if at is None else f" at step {at:,}"
         progress("plan", f"{len(rows)} rows{point} × {many} of {show.steps(k)}, about {duration(expected)} from here; "
