@@ -159,6 +159,22 @@ def test_a_killed_worker_loses_its_job_and_the_same_command_goes_on(tmp_path):
     assert (rec["status"], len(rec["resumed_from"])) == ("done", 1)
 
 
+@joblib
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_told_to_end_lets_the_jobs_of_joblib_save(tmp_path, signum):
+    words = ["model=explicit", "seed=0,1,2", "recipe.epochs=400", "progress.save_s=0.1", *JOBLIB]
+    process = jobs.sweep(tmp_path, *words)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("runs/explicit-*/last.pt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signum)  # the workers hear of it from the sweep alone
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert re.search(r"3 jobs: 2 interrupted, 1 not begun", out), out + err
+    assert {rec["status"] for rec in records(tmp_path).values()} == {"interrupted"}
+    assert not list(tmp_path.glob("runs/*/run.lock"))
+
+
 def test_a_stop_left_by_a_sweep_that_died_stops_no_other(sweep, tmp_path):
     """In a folder that a user has named."""
     (tmp_path / "mine").mkdir()

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,11 @@ class Row:
         residual = isinstance(self.model.layer.stop, Residual)
         return Figures(self.label, self.job.label or self.name, self.name, times, self.tally.means(), price,
                        self.parameters, self.job.config["solver"], type(self.model.layer.adjoint).__name__.lower(),
-                       residual, memory, self.flops, self.val_acc, self.val_n, self.peer_of, own_ms,
+                       residual, memory, self.flops(), self.val_acc, self.val_n, self.peer_of, own_ms,
                        self.logits)  # fmt: skip
 
-    @cached_property
     def flops(self) -> int:
-        """Floating-point operations of a training step, at the weights it is first asked at."""
+        """Floating-point operations of a training step at these weights: with them the evaluations change."""
         return count_flops(self.step, *self.batch(0))
 
     def batch(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -82,13 +82,31 @@ class Sweep:
     def stopping(self) -> bool:
         return (self.folder / STOP).exists()
 
-    def stop(self) -> None:
-        """Ask the jobs of a cluster to save and end, and wait for them a while."""
-        progress("sweep", "asking the jobs that run to save and end")
-        (self.folder / STOP).touch()
-        until = time.monotonic() + PATIENCE_S
-        while any(said["state"] == RUNNING for said in self.told().values()) and time.monotonic() < until:
-            time.sleep(0.2)
+    @contextlib.contextmanager
+    def sparing(self) -> Iterator[None]:
+        """Within, Ctrl-C and SIGTERM ask the jobs of other processes to save and end, and act when they have: a
+        launcher would end its workers in the middle of a step. A second Ctrl-C acts at once."""
+        signals = signal.SIGINT, signal.SIGTERM
+
+        def end(signum: int, frame: Any) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            progress("sweep", "asking the jobs that run to save and end")
+            (self.folder / STOP).touch()
+            until = time.monotonic() + PATIENCE_S
+            while any(said["state"] == RUNNING for said in self.told().values()) and time.monotonic() < until:
+                time.sleep(0.2)
+            raise KeyboardInterrupt
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = [signal.signal(s, end) for s in signals]
+        try:
+            yield
+        finally:
+            for s, handler in zip(signals, before):
+                signal.signal(s, handler)
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:

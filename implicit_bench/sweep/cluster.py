@@ -15,7 +15,6 @@ from typing import Any
 from .. import __version__, config
 from ..schema import UsageError, first_line
 from ..terminal import QUIET, progress
-from ..train.signals import sigterm_as_ctrl_c
 from ..words import of_hydra
 
 ANSWER_S = 120.0  # a worker imports torch before it answers, on a node that may be busy
@@ -56,8 +55,7 @@ def connected(overrides: Sequence[str], search: Sequence[str], runs: Path) -> It
         nodes = [node for node in ray.nodes() if node["Alive"]]
         words = _needs(asked["remote"], [node["Resources"] for node in nodes], overrides)
         _alike(ray, nodes, runs.absolute(), [str(Path.cwd()), *(str(Path(folder).absolute()) for folder in search)])
-        with sigterm_as_ctrl_c():  # Ray has a handler of its own
-            yield words
+        yield words
     finally:
         ray.shutdown()
 

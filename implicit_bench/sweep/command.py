@@ -60,14 +60,11 @@ def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: W
 def _launched(board: Sweep, launcher: str, words: Words, own: Sequence[str]) -> tuple[bool, list[dict[str, Any]]]:
     gave_up = False
     try:
-        with board.watched(here=launcher == "basic"):
+        apart = board.sparing() if launcher in ("joblib", "ray") else contextlib.nullcontext()
+        with board.watched(here=launcher == "basic"), apart:
             hand_over("train", words, ["--multirun", *own], train_task)
     except JobFailed:
         pass
-    except KeyboardInterrupt:
-        if launcher == "ray":  # which would end its workers in the middle of a step
-            board.stop()
-        raise
     except UsageError:
         raise
     except Exception as error:
@@ -156,7 +153,7 @@ def train_task(cfg: Any) -> float | None:
     again = number in sweep.told()  # its worker has died, and on another machine its lock outlives it for a while
     sweep.announce(number, words)
     try:
-        with sweep.heeded() if "ray" in runtime.launcher else contextlib.nullcontext():
+        with sweep.heeded() if {"ray", "n_jobs"} & {*runtime.launcher} else contextlib.nullcontext():
             code = guarded(telling)
         if outcomes:
             rec = outcomes[0].record

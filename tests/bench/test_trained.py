@@ -112,6 +112,15 @@ def test_rows_stand_still_at_their_step(made):
     assert same(row.model.state_dict(), made().model.state_dict())
 
 
+def test_work_is_counted_at_the_weights_that_are_timed(made):
+    row = made("deq", "init=zero")
+    first = row.flops()
+    row.put({**row.state(), "model": {name: 0 * tensor for name, tensor in row.initial["model"].items()}})
+    row.measure(1)
+    assert row.tally.means()["nfe_forward"] < 4  # f is constant
+    assert row.flops() < first / 2
+
+
 def test_finished_runs_are_timed_at_their_own_weights(tmp_path, capsys, brisk):
     words, folders = jobs.words(tmp_path, "recipe.max_steps=9", "recipe.batch=20"), []
     for own in (["model=deq", "stop.tol=0.02"], ["model=explicit"]):
