@@ -317,6 +317,8 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     bench(here, [(*r1, 7.0, 6.0, 8.0)], table=None, name="free")
     bench(here, [("R4", "cdeq", "skip_cdeq", "train", 7.0, 6.0, 8.0)], table="cdeq_mnist", name="dense")  # is R7's
     bench(here, [(*r1, 1.5, 1.4, 1.6, {"at": 0})], table="cdeq_cifar10_small", name="fresh", hardware="another")
+    few = {"at": 900, "verdict": "too few rounds"}
+    bench(here, [(*r1, 5.0, 4.9, 5.1, few)], table="mdeq_fashion", name="hasty", hardware="another")
     _, rows = asked(capsys, table="claims")
     told = [row for row in rows if row["id"] == "R1"]
     assert [(r["protocol"], r["table"], r["at"], float(r["value"])) for r in told] == [

@@ -55,7 +55,8 @@ class Found(NamedTuple):
 
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
-    """Of each table, machine and pair of rows the one furthest along training, of such the latest."""
+    """Of each table, machine and pair of rows the one furthest along training, of such the latest; one of too few
+    rounds only where no machine has given that pair an interval."""
     found: dict[tuple[Any, ...], Found] = {}
     runs = [run for run in everything if run.record["command"] in ("bench", "compare") and run.record.get("ratios")]
     for run in sorted(runs, key=lambda run: record.started(run.record, run.folder)):
@@ -70,7 +71,8 @@ def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables:
                 key = name, env["hardware"], rec["command"], r["numerator"], r["denominator"], r["measure"]
                 if key not in found or (last or 0) >= (found[key].at or 0):
                     found[key] = Found(name, protocol, env["hardware"], last, r, run)
-    return [found[key] for key in sorted(found, key=str)]
+    enough = {(name, *pair) for (name, _, *pair), each in found.items() if not each.hasty}
+    return [found[key] for key in sorted(found, key=str) if not found[key].hasty or (key[0], *key[2:]) not in enough]
 
 
 def verdict(claim: Mapping[str, Any], found: Sequence[Found]) -> str:
