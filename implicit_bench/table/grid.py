@@ -88,8 +88,9 @@ def _notes(table: Table, lines: Sequence[cells.Line], bench: Any, protocol: str,
     notes += [] if several else sorted(where)
     if table.target and lines:
         notes.append(f"s to target: training time to {table.target:.1%} validation accuracy, smoothed over 3 epochs")
-    notes += [f"times of a step of {t.batch} images{_at(t)}: {t.rec['run_id']}, {t.row['timing']['train_ms']['n']} rounds, "
-              f"{t.rec['environment']['hardware']}" for t in bench]  # fmt: skip
+    notes += [f"times of a step of {t.batch} images{_at(t)}: {t.rec['run_id']}, "
+              f"{t.row['timing']['train_ms']['n']} rounds, {t.rec['environment']['hardware']}"
+              for t in bench]  # fmt: skip
     failed = [f"{line.label} seed {seed}: {run.record['error']}" for line in lines for seed, run in line.failed.items()]
     notes += [f"failed: {'; '.join(failed)}"] if failed else []
     return [*notes, *([f"paper: {table.source}"] if theirs else [])]
