@@ -100,8 +100,9 @@ Rows share data set, seed, batches and gpu. Rounds of training steps and predict
 the machine's drift hits all of them. A ratio is the median over paired rounds, for the pairs that the claims R1-R9 of
 arXiv 2201.12240 are about, and the first row over each row left, with a moving-block bootstrap 95 % interval. `why`:
 how many calls of f and VJPs make it, at the price of one alone; ×floor: a step's time over all its calls at that price.
-at: rows are timed at their weights after so many training steps, which are made once and kept in runs/.trained, and
-stand still there; without it they train as they are timed, from the first step on. MiB: peak memory of a step.
+at: rows are timed at their weights after so many training steps, which are made once and kept in runs/.trained (those
+after a whole recipe are a finished run's, where there is one), and stand still there; without it they train as they
+are timed, from the first step on. MiB: peak memory of a step.
 
 examples
   {PROG} bench model=neural_ode,cdeq,skip_cdeq

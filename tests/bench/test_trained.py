@@ -79,6 +79,20 @@ def test_what_is_there_is_not_made_again_and_what_is_earlier_is(made):
     assert same(weights(row, 4), kept)
 
 
+def test_at_the_end_of_the_recipe_a_finished_training_is_taken(made, tmp_path):
+    own = ("skip_deq", "recipe.max_steps=9")
+    words = jobs.words(tmp_path, "model=skip_deq", own[1], "gpu.threads=2")
+    folder = train(config.compose("train", words), words).folder
+    row = made(*own)
+    assert trained.lacks(row, [4, 9]) == [4]
+    trained.put(row, 9, row)
+    assert same(row.model.state_dict(), checkpoint.load(folder, torch.device("cpu"), print)["model"])
+    for another in ("seed=1", "gpu.dtype=float64", "recipe.lr=2e-3", "stop.tol=0.1"):
+        assert trained.lacks(made(*own, another), [9]) == [9]
+    record.write_record(folder, {**record.read_record(folder), "status": "interrupted"})
+    assert trained.lacks(made(*own), [9]) == [9]
+
+
 def test_an_interrupted_training_goes_on(made, tmp_path, monkeypatch):
     row = made()
     real, taken = row.step.__class__.__call__, []
