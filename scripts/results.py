@@ -16,7 +16,7 @@ from implicit_bench import papers
 from implicit_bench.schema import files
 from implicit_bench.table import cells
 from implicit_bench.table.command import command, grid_of, touched
-from implicit_bench.table.report import sections
+from implicit_bench.table.report import measured, sections
 from implicit_bench.terminal import manners
 from implicit_bench.words import split
 
@@ -33,7 +33,7 @@ def build(folder: Path) -> str:
             if table.kind != "cells" or touched(table, everything, protocol):
                 out = folder / "tables" / (protocol if table.kind == "cells" else "")
                 command([f"table={name}", f"protocol={protocol}", f"records={RESULTS}", f"out={out}"])
-    sections(everything, folder / "figures")
+    sections(everything, measured(everything), folder / "figures")
     claims = grid_of(papers.table("claims"), {}, everything, [], split([]), "")
     return page.put(README.read_text("utf-8"), {"claims": claims.said("md")})
 

@@ -149,12 +149,18 @@ def test_training_time_is_of_runs_that_were_alone_else_of_a_bench_with_their_bat
     _, (_, cdeq) = asked(capsys, "columns=train_min,target_s,train_s,backward_s,predict_s,nfe_f,nfe_b,memory_mib")
     assert [float(cdeq[c]) for c in ("train_min", "target_s", "train_s", "backward_s", "predict_s")] == pytest.approx(
         [0.4, 24, 0.6, 0.3, 0.15])  # 40 steps of the last point's .6 s  # fmt: skip
+    put(here, "cdeq", 0, epoch_s=None)
+    _, (_, again) = asked(capsys, "columns=train_min,target_s")
+    assert (again["train_min"], again["target_s"]) == (cdeq["train_min"], cdeq["target_s"])
     assert [float(cdeq[c]) for c in ("nfe_f", "nfe_b", "memory_mib")] == [12, 6, 3.5]
 
 
 def test_a_target_that_one_seed_did_not_reach_has_no_time(here, capsys):
     put(here, "deq", 0)
     put(here, "deq", 1, accuracy=(0.5, 0.8, 0.85, 0.86))
+    main(["table", "table=mine", "--config-dir=own"])
+    assert "reached by 1 of 2" in capsys.readouterr().out
+    put(here, "deq", 0, accuracy=(0.5, 0.8, 0.85, 0.86))
     main(["table", "table=mine", "--config-dir=own"])
     assert "not reached" in capsys.readouterr().out
 

@@ -76,31 +76,35 @@ def _params(line: Line) -> list[float]:
     return found[:1]
 
 
-def _seconds(line: Line, of: Callable[[Trained], int]) -> list[float]:
-    """Training time of each seed at the end of the epoch that `of` picks: as it was where all of them were alone on
-    their machine, else their steps by a step of the bench, if that has their batch. Raises Unknown."""
-    trained = [Trained(run) for run in line.runs.values()]
-    ends = [of(t) for t in trained]
+def seconds(line: Line) -> list[list[float]]:
+    """Training time of each seed at the end of each epoch: as it was where all of them were alone on their machine, and
+    each epoch was timed whole, else their steps by a step of the bench, if that has their batch. Raises Unknown."""
+    trained, why = [Trained(run) for run in line.runs.values()], "not alone"
     if all(run.record["environment"]["alone"] for run in line.runs.values()):
-        return [t.seconds[k] for t, k in zip(trained, ends)]
+        try:
+            return [t.seconds for t in trained]
+        except Unknown as lacking:
+            why = str(lacking)
     batch = {run.record["config"]["recipe"]["batch"] for run in line.runs.values()}
     if line.timed is None or batch != {line.timed.batch}:
-        raise Unknown("not alone")
-    return [t.epochs[k]["step"] * line.timed.row["timing"]["train_ms"]["median"] / 1e3 for t, k in zip(trained, ends)]
+        raise Unknown(why)
+    step = line.timed.row["timing"]["train_ms"]["median"] / 1e3
+    return [[row["step"] * step for row in t.epochs] for t in trained]
 
 
 def _train_min(line: Line) -> list[float]:
-    return [s / 60 for s in _seconds(line, lambda t: len(t.epochs) - 1)]
+    return [spent[-1] / 60 for spent in seconds(line)]
 
 
 def _target_s(line: Line) -> list[float]:
-    def arrival(trained: Trained) -> int:
-        for k, acc in enumerate(trained.smoothed):
-            if line.target is not None and acc >= line.target:
-                return k
-        raise Unknown("not reached")
-
-    return _seconds(line, arrival)
+    found, goal = [], line.target
+    for run, spent in zip(line.runs.values(), seconds(line)):
+        smoothed = Trained(run).smoothed
+        found += [next((s for s, acc in zip(spent, smoothed) if goal is not None and acc >= goal), None)]
+    there = [s for s in found if s is not None]
+    if len(there) < len(found):
+        raise Unknown(f"reached by {len(there)} of {len(found)}" if there else "not reached")
+    return there
 
 
 class Column(NamedTuple):
@@ -151,7 +155,7 @@ class Cell:
 
 def spelled(mean: float, sd: float | None, digits: int | None) -> str:
     if digits is None:
-        return number(mean) if sd is None else f"{number(mean)} ± {number(sd, 2)}"
+        return number(mean) if not sd else f"{number(mean)} ± {number(sd, 2)}"
     return f"{mean:,.{digits}f}" + ("" if not sd else f" ± {sd:,.{digits}f}")
 
 

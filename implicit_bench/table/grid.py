@@ -27,6 +27,8 @@ class Grid:
     notes: list[str]
     used: dict[str, Run] = field(default_factory=dict)  # records, by id
     blocks: list[tuple[list[str], list[str]]] = field(default_factory=list)  # for rows that would be too long
+    lines: list[cells.Line] = field(default_factory=list)  # of a table of trainings
+    name: str = ""  # short
 
     def said(self, format: str) -> str:
         if format == "json":
@@ -78,7 +80,7 @@ def of_cells(table: Table, wanted: Mapping[str, Mapping[int, str]], everything: 
     if missing:
         count = sum(map(len, missing.values()))
         notes.append(f"not run: {count} training{'s' * (count != 1)}; {fill} runs them")
-    return Grid(table.title, heads, rows, plain_heads, plain, notes, used)
+    return Grid(table.title, heads, rows, plain_heads, plain, notes, used, lines=lines)
 
 
 def _notes(table: Table, lines: Sequence[cells.Line], bench: Any, protocol: str, several: bool,

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,14 +72,14 @@ def _page(everything: Sequence[Run], dirs: Sequence[Path], search: tuple[str, ..
     source = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     claims = grid_of(papers.table("claims"), {}, everything, [], split([]), "")
-    grids = _grids(everything, search)
-    drawn = [s for s in sections(everything, figures) if s.figures]
+    grids = measured(everything, search)
+    drawn = [s for s in sections(everything, grids, figures) if s.figures]
     hardware = sorted({run.record["environment"]["hardware"] or "" for run in everything} - {""})
     return template.render(claims=claims, tables=grids, sections=drawn, count=len(everything), version=__version__,
                            dirs=" and ".join(map(str, dirs)), machines=" and ".join(hardware))  # fmt: skip
 
 
-def _grids(everything: Sequence[Run], search: tuple[str, ...]) -> list[Grid]:
+def measured(everything: Sequence[Run], search: tuple[str, ...] = ()) -> list[Grid]:
     """Every table of which something was measured, under each protocol."""
     found = []
     for name in files("table", search):
@@ -94,11 +95,12 @@ def _grids(everything: Sequence[Run], search: tuple[str, ...]) -> list[Grid]:
             grid = grid_of(table, jobs, everything, table.columns, words, fill)
             if grid.used or table.kind != "cells":
                 grid.title = f"{grid.title}" + (f", {protocol}" if table.kind == "cells" else "")
+                grid.name = f"{name} {protocol}"
                 found.append(grid)
     return found
 
 
-def sections(everything: Sequence[Run], folder: Path) -> list[Section]:
+def sections(everything: Sequence[Run], grids: Sequence[Grid], folder: Path) -> list[Section]:
     """Every figure, drawn into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -108,7 +110,7 @@ def sections(everything: Sequence[Run], folder: Path) -> list[Section]:
         svg = plots.at_widths(plot, folder / name)
         return Figure(name, caption, base64.b64encode(svg.read_bytes()).decode())
 
-    benches, trained, bar = _benches(everything), _trainings(everything), Bar(0, "figures")
+    benches, trained, bar = _benches(everything), _trainings(everything, grids), Bar(0, "figures")
     speeds, memory = [], []
     for key, runs in benches.items():
         at = max((row.get("at") or 0 for run in runs for row in run.record["rows"]), default=0)
@@ -122,14 +124,13 @@ def sections(everything: Sequence[Run], folder: Path) -> list[Section]:
             memory.append(drawn(f"memory-{name}", title, partial(
                 plots.amounts, bars=amounts, of="MiB that a training step adds", title=title)))  # fmt: skip
     curves: dict[str, list[Figure]] = {"accuracy": [], "nfe": [], "residual": []}
-    for name, by_model in trained.items():
+    for name, lines in trained.items():
         for kind, x, y, log_y in (
             ("accuracy", "training time, s", "validation accuracy", False),
             ("nfe", "epoch", "evaluations of f, forward", False), ("residual", "epoch", "residual at exit", True),
         ):  # fmt: skip
-            series = {model: [c for run in runs if (c := _curve(run, kind))] for model, runs in by_model.items()}
-            series = {model: found for model, found in series.items() if found}
-            if series:
+            series = {line.label: _curves(line, kind) for line in lines}
+            if any(series.values()):
                 short = machine.folder_name(name.replace(",", ""))
                 plot = partial(plots.lines, series=series, x=x, y=y, title=name, log=log_y)
                 curves[kind].append(drawn(f"{kind}-{short}", name, plot))
@@ -138,8 +139,8 @@ def sections(everything: Sequence[Run], folder: Path) -> list[Section]:
     return [
         Section("speed", "Speed-ups", "Median of the quotients of paired rounds with its 95 % interval; a / b above 1: "
                 "b is faster.", speeds),
-        Section("accuracy", "Accuracy against time", "A line a seed. Time is training time alone, of runs that had "
-                "the machine to themselves.", curves["accuracy"]),
+        Section("accuracy", "Accuracy against time", "A line a seed. Time is training time alone: as it was, of runs "
+                "that had the machine to themselves, else steps by a step of the table's bench.", curves["accuracy"]),
         Section("nfe", "Evaluations over training", "Calls of f in a training step's forward.", curves["nfe"]),
         Section("residual", "Residual over training", "|f(z) - z| / |f(z)| where the solves ended.",
                 curves["residual"]),
@@ -185,35 +186,41 @@ def _bars(run: Run, at: int) -> list[tuple[str, float, float, float]]:
              r["low"] or r["value"], r["high"] or r["value"]) for r in ratios]  # fmt: skip
 
 
-def _trainings(everything: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
-    """Finished trainings that have their history, by experiment (or data set), protocol, length and machine, then
-    model."""
-    found: dict[str, dict[str, list[Run]]] = {}
+def _trainings(everything: Sequence[Run], grids: Sequence[Grid]) -> dict[str, list[cells.Line]]:
+    """Finished trainings that have their history, by what a figure is of: the rows of each table on each machine; of
+    those in no table their models, by experiment (or data set), protocol, length and machine."""
+    found: dict[str, list[cells.Line]] = {}
+    for grid in grids:
+        for line in grid.lines:
+            if runs := {seed: run for seed, run in line.runs.items() if run.history.exists()}:
+                found.setdefault(f"{grid.name}, {line.machine}", []).append(replace(line, runs=runs))
+    known = {id for grid in grids for id in grid.used}
+    others: dict[str, dict[str, list[Run]]] = {}
     for run in everything:
         rec = run.record
-        if rec["command"] == "train" and rec["status"] == "done" and run.history.exists():
-            known = rec["experiment"] not in (None, "none")
-            what = rec["experiment"] if known else log.choices(rec["config"]).get("dataset", "data")
+        if (rec["command"], rec["status"]) == ("train", "done") and rec["run_id"] not in known and run.history.exists():
+            named = rec["experiment"] not in (None, "none")
+            what = rec["experiment"] if named else log.choices(rec["config"]).get("dataset", "data")
             length = "" if rec["length"] in (None, "full") else f" {rec['length']}"
             name = f"{what} {rec['protocol']}{length}, {rec['environment']['hardware']}"
-            found.setdefault(name, {}).setdefault(run.model, []).append(run)
-    return {name: dict(sorted(models.items())) for name, models in sorted(found.items())}
+            others.setdefault(name, {}).setdefault(run.model, []).append(run)
+    for name, models in others.items():
+        found[name] = [cells.Line(model, papers.Row(), runs=dict(enumerate(models[model]))) for model in sorted(models)]
+    return dict(sorted(found.items()))
 
 
-def _curve(run: Run, kind: str) -> tuple[list[float], list[float]] | None:
-    trained = Trained(run)
+def _curves(line: cells.Line, kind: str) -> list[tuple[list[float], list[float]]]:
     key = {"accuracy": "metrics.val_acc", "nfe": "solve.nfe_forward", "residual": "solve.residual"}[kind]
-    rows = [row for row in trained.epochs if row.get(key) is not None]
-    if not rows or (kind == "residual" and not run.record["solve"]["converged_fraction"]):
-        return None
-    if kind != "accuracy":
-        return [row["epoch"] for row in rows], [row[key] for row in rows]
+    found = []
     try:
-        seconds = trained.seconds
+        spent = cells.seconds(line) if kind == "accuracy" else [None] * len(line.runs)
     except Unknown:
-        return None
-    alone = run.record["environment"]["alone"] and len(rows) == len(seconds)
-    return (seconds, [row[key] for row in rows]) if alone else None
+        return []
+    for run, seconds in zip(line.runs.values(), spent):
+        rows = [(k, row) for k, row in enumerate(Trained(run).epochs) if row.get(key) is not None]
+        if rows and (kind != "residual" or run.record["solve"]["converged_fraction"]):
+            found.append(([seconds[k] if seconds else row["epoch"] for k, row in rows], [row[key] for _, row in rows]))
+    return found
 
 
 def _by_step(everything: Sequence[Run], drawn: Callable[..., Figure]) -> list[Figure]:
