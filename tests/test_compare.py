@@ -50,8 +50,8 @@ def put(top, model, seed=0, *words, step_ms=10.0, epoch_s=4.0, accuracy=RISING, 
     rec |= {"started_at": "2026-01-01T00:00:00+00:00", **fields}
     path = top / folder / (name or f"{model}-digits-s{seed}-{rec['run_id']}")
     record.write_record(path, rec)
-    rows = [{"step": 10 * k, "epoch": k, "metrics.val_acc": acc,
-             "timing.epoch_s": epoch_s and epoch_s + (k == 1) * cold_s}
+    rows = [{"step": 10 * k, "epoch": k, "timing.epoch_s": epoch_s and epoch_s + (k == 1) * cold_s,
+             "metrics.val_acc": acc}
             for k, acc in enumerate(accuracy, 1)]  # fmt: skip
     rows.insert(0, {"step": 5, "metrics.train_loss": 1.0})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
