@@ -151,7 +151,7 @@ def interleave(
         raise ValueError("interleave needs rounds, seconds or both; else it never ends")
     done: list[dict[str, dict[str, float]]] = []  # a round enters whole or not at all, whenever Ctrl-C comes
     failed: dict[str, str] = {}
-    begin, interrupted, alive = time.perf_counter(), False, list(rows)
+    begin, interrupted, alive, grad = time.perf_counter(), False, list(rows), torch.is_grad_enabled()
     with _no_gc():
         try:
             while alive and len(done) != rounds:
@@ -173,6 +173,7 @@ def interleave(
                 gc.collect()  # else autograd's cycles would pile up for as long as the collector is off
         except KeyboardInterrupt:
             interrupted = True
+            torch.set_grad_enabled(grad)  # between the entry of a no_grad and its body it would stay off
     ok = [name for name in rows if name not in failed]
     figures = {name: {m: [r[name][m] for r in done] for m in (done[0][name] if done else ())} for name in ok}
     return Samples(figures, failed, len(done), time.perf_counter() - begin, interrupted)

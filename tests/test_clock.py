@@ -394,12 +394,14 @@ def test_ctrl_c_leaves_whole_rounds_only(stop_at):
         def run():
             log.append(name)
             if len(log) == stop_at:
+                torch.set_grad_enabled(False)  # as where it comes when no_grad has been entered and its body has not
                 raise KeyboardInterrupt
             return {"x": 1.0}
 
         return run
 
     found = interleave({x: row(x) for x in "ab"}, rounds=100)
+    assert torch.is_grad_enabled()
     whole = (stop_at - 1) // 2
     assert found.interrupted
     assert found.rounds == whole
