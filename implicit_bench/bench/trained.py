@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,17 +29,22 @@ def where(row: Row, k: int | None) -> Path | None:
 def kept(row: Row, k: int) -> Path:
     if k == row.total and (done := finished(row)):
         return done / checkpoint.NAMES[0]
-    cfg = {key: value for key, value in row.job.config.items() if key not in record.MEASURING}
+    cfg = of_training(row)
     cfg["gpu"] = {**cfg["gpu"], "threads": None}  # which change a rounding, and cost hours to train anew for
     name = record.folder_name(row.name, row.job.choices["dataset"], cfg["seed"], record.run_id(cfg))
     return Path(cfg["paths"]["runs"], ".trained", name, f"at-{k}.pt")
 
 
+def of_training(row: Row) -> dict[str, Any]:
+    """The row's config as `train` has it."""
+    return {key: value for key, value in row.job.config.items() if key not in record.MEASURING}
+
+
 def finished(row: Row) -> Path | None:
     """The folder of a training that is done and was the row's, with its checkpoint: its end is that of the recipe."""
-    cfg = {key: value for key, value in row.job.config.items() if key not in record.MEASURING}
+    cfg = of_training(row)
     cell, dtype = record.cell_id(cfg), cfg["gpu"]["dtype"]
-    pattern = f"{record.folder_name(row.job.config['model']['name'], row.job.choices['dataset'], cfg['seed'], '')}*"
+    pattern = f"{record.folder_name(row.name, row.job.choices['dataset'], cfg['seed'], '')}*"
     for last in sorted(Path(cfg["paths"]["runs"]).glob(f"{pattern}/{checkpoint.NAMES[0]}")):
         with contextlib.suppress(record.RecordError):
             rec = record.read_record(last.parent)
