@@ -12,13 +12,10 @@ from pathlib import Path
 
 import page
 
-from implicit_bench import papers
-from implicit_bench.schema import files
 from implicit_bench.table import cells
-from implicit_bench.table.command import command, grid_of, touched
+from implicit_bench.table.command import write
 from implicit_bench.table.report import measured, sections
 from implicit_bench.terminal import manners
-from implicit_bench.words import split
 
 RESULTS, README = page.ROOT / "results", page.ROOT / "README.md"
 COMPARED = (".md", ".csv", ".tex", ".json", ".txt", ".bib", ".svg")
@@ -27,14 +24,11 @@ COMPARED = (".md", ".csv", ".tex", ".json", ".txt", ".bib", ".svg")
 def build(folder: Path) -> str:
     """tables/ and figures/ below a folder; returns README as it is to be."""
     everything = cells.read([RESULTS])
-    for name in files("table"):
-        table = papers.table(name)
-        for protocol in table.seeds if table.kind == "cells" else ("sound",):
-            if table.kind != "cells" or touched(table, everything, protocol):
-                out = folder / "tables" / (protocol if table.kind == "cells" else "")
-                command([f"table={name}", f"protocol={protocol}", f"records={RESULTS}", f"out={out}"])
-    sections(everything, measured(everything), folder / "figures")
-    claims = grid_of(papers.table("claims"), {}, everything, [], split([]), "")
+    found = measured(everything)
+    for table, protocol, grid, configs in found:
+        write(grid, table.name, folder / "tables" / protocol, configs)
+    sections(everything, found, folder / "figures")
+    claims = next(grid for table, _, grid, _ in found if table.name == "claims")
     return page.put(README.read_text("utf-8"), {"claims": claims.said("md")})
 
 
@@ -45,12 +39,8 @@ def texts(folder: Path) -> dict[str, bytes]:
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as name, manners(True, "csv"), open(name + "/shown", "w") as shown:
-        stdout, sys.stdout = sys.stdout, shown
-        try:
-            readme = build(Path(name))
-        finally:
-            sys.stdout = stdout
+    with tempfile.TemporaryDirectory() as name, manners(True, "text"):
+        readme = build(Path(name))
         made, committed = texts(Path(name)), texts(RESULTS)
     if "--write" in sys.argv:
         for gone in committed.keys() - made.keys():

@@ -28,7 +28,6 @@ class Grid:
     used: dict[str, Run] = field(default_factory=dict)  # records, by id
     blocks: list[tuple[list[str], list[str]]] = field(default_factory=list)  # for rows that would be too long
     lines: list[cells.Line] = field(default_factory=list)  # of a table of trainings
-    name: str = ""  # short
 
     def said(self, format: str) -> str:
         if format == "json":

@@ -26,6 +26,15 @@ KEYS = {"records": "runs,results", "out": "report", "logger": "none"}
 SPEEDS = ("train", "backward", "predict")
 
 
+class Measured(NamedTuple):
+    """A table as the records have it."""
+
+    table: papers.Table
+    protocol: str  # "" of a table that is made of others
+    grid: Grid
+    configs: Sequence[Mapping[str, Any]]  # of its trainings
+
+
 class Figure(NamedTuple):
     name: str
     caption: str
@@ -71,36 +80,33 @@ def _page(everything: Sequence[Run], dirs: Sequence[Path], search: tuple[str, ..
 
     source = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    claims = grid_of(papers.table("claims"), {}, everything, [], split([]), "")
-    grids = measured(everything, search)
-    drawn = [s for s in sections(everything, grids, figures) if s.figures]
+    found = measured(everything, search)
+    drawn = [s for s in sections(everything, found, figures) if s.figures]
+    claims = next(m.grid for m in found if m.table.name == "claims")
+    shown = [m for m in found if m.table.kind != "claims" and (m.grid.used or m.table.kind != "cells")]
     hardware = sorted({run.record["environment"]["hardware"] or "" for run in everything} - {""})
-    return template.render(claims=claims, tables=grids, sections=drawn, count=len(everything), version=__version__,
+    return template.render(claims=claims, tables=shown, sections=drawn, count=len(everything), version=__version__,
                            dirs=" and ".join(map(str, dirs)), machines=" and ".join(hardware))  # fmt: skip
 
 
-def measured(everything: Sequence[Run], search: tuple[str, ...] = ()) -> list[Grid]:
-    """Every table of which something was measured, under each protocol."""
+def measured(everything: Sequence[Run], search: tuple[str, ...] = ()) -> list[Measured]:
+    """Every table of which anything could be measured, under each protocol."""
     found = []
-    for name in files("table", search):
-        table = papers.table(name, search)
-        if table.kind == "claims":
-            continue
-        for protocol in table.seeds if table.kind == "cells" else ("sound",):
-            if table.kind == "cells" and not touched(table, everything, protocol):
+    for table in (papers.table(name, search) for name in files("table", search)):
+        for protocol in table.seeds if table.kind == "cells" else ("",):
+            if protocol and not touched(table, everything, protocol):
                 continue
-            words = split([f"protocol={protocol}", *(f"--config-dir={folder}" for folder in search)])
-            jobs = jobs_of(table, [], words) if table.kind == "cells" else {}
-            fill = f"implicit-bench table table={name} protocol={protocol} run_missing=true"
+            said = [f"protocol={protocol}"] if protocol else []
+            words = split([*said, *(f"--config-dir={folder}" for folder in search)])
+            jobs = jobs_of(table, [], words) if protocol else {}
+            fill = f"implicit-bench table table={table.name} protocol={protocol} run_missing=true"
+            configs = [job.config for each in jobs.values() for job in each.values()]
             grid = grid_of(table, jobs, everything, table.columns, words, fill)
-            if grid.used or table.kind != "cells":
-                grid.title = f"{grid.title}" + (f", {protocol}" if table.kind == "cells" else "")
-                grid.name = f"{name} {protocol}"
-                found.append(grid)
+            found.append(Measured(table, protocol, grid, configs))
     return found
 
 
-def sections(everything: Sequence[Run], grids: Sequence[Grid], folder: Path) -> list[Section]:
+def sections(everything: Sequence[Run], tables: Sequence[Measured], folder: Path) -> list[Section]:
     """Every figure, drawn into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -110,7 +116,7 @@ def sections(everything: Sequence[Run], grids: Sequence[Grid], folder: Path) -> 
         svg = plots.at_widths(plot, folder / name)
         return Figure(name, caption, base64.b64encode(svg.read_bytes()).decode())
 
-    benches, trained, bar = _benches(everything), _trainings(everything, grids), Bar(0, "figures")
+    benches, trained, bar = _benches(everything), _trainings(everything, tables), Bar(0, "figures")
     speeds, memory = [], []
     for key, runs in benches.items():
         at = max((row.get("at") or 0 for run in runs for row in run.record["rows"]), default=0)
@@ -186,15 +192,14 @@ def _bars(run: Run, at: int) -> list[tuple[str, float, float, float]]:
              r["low"] or r["value"], r["high"] or r["value"]) for r in ratios]  # fmt: skip
 
 
-def _trainings(everything: Sequence[Run], grids: Sequence[Grid]) -> dict[str, list[cells.Line]]:
+def _trainings(everything: Sequence[Run], tables: Sequence[Measured]) -> dict[str, list[cells.Line]]:
     """Finished trainings that have their history, by what a figure is of: the rows of each table on each machine; of
     those in no table their models, by experiment (or data set), protocol, length and machine."""
     found: dict[str, list[cells.Line]] = {}
-    for grid in grids:
-        for line in grid.lines:
-            if runs := {seed: run for seed, run in line.runs.items() if run.history.exists()}:
-                found.setdefault(f"{grid.name}, {line.machine}", []).append(replace(line, runs=runs))
-    known = {id for grid in grids for id in grid.used}
+    for name, protocol, line in ((m.table.name, m.protocol, line) for m in tables for line in m.grid.lines):
+        if runs := {seed: run for seed, run in line.runs.items() if run.history.exists()}:
+            found.setdefault(f"{name} {protocol}, {line.machine}", []).append(replace(line, runs=runs))
+    known = {id for m in tables for id in m.grid.used}
     others: dict[str, dict[str, list[Run]]] = {}
     for run in everything:
         rec = run.record
