@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 SCHEMA_VERSION = 1
-NUMERICS = 3  # raise by hand when a change alters the numbers that a config gives; every run id changes with it
+NUMERICS = 3  # raise by hand when a change alters what a config gives by more than rounding; every run id changes
 CONVERGED_ENOUGH = 0.95  # a run of which less has converged gets no headline
 STATUSES = ("running", "done", "failed", "interrupted")
 # Top-level config keys that say nothing about the result: labels (resolved into the rest), where to write, how to load.

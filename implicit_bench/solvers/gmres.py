@@ -41,6 +41,7 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
     V = b.new_empty((len(b), cap + 1, b.shape[1]))
     V[:, 0] = torch.where(solvable, b / beta, 0.0)
     H = torch.zeros(R, cap, cap, dtype=dtype, device=b.device)  # becomes upper triangular
+    L = torch.zeros_like(H)  # <V_i, V_k>, k < i: what the basis lacks of being orthogonal
     Q = torch.eye(cap + 1, dtype=dtype, device=b.device).repeat(R, 1, 1)  # the product of the Givens rotations
     residual, iterations = beta.clone(), torch.zeros_like(beta, dtype=torch.int64)
     active = (residual > bound) & solvable
@@ -49,19 +50,20 @@ def gmres(A: Callable[[Tensor], Tensor], b: Tensor, reduce: Reduce, *, rtol: flo
         if j == cap:
             more = min(cap, max_iter - cap)
             V = torch.cat((V, V.new_empty((len(b), more, b.shape[1]))), 1)
-            H = nnf.pad(H, (0, more, 0, more))
+            H, L = (nnf.pad(M, (0, more, 0, more)) for M in (H, L))
             Q = nnf.pad(Q, (0, more, 0, more))
             Q.diagonal(dim1=1, dim2=2)[:, cap + 1 :] = 1.0
             cap += more
-        w = A(V[:, j])
+        V[:, j + 1] = A(V[:, j])
         products += 1
         basis = V[:, : j + 1]
-        h = reduce.dots(basis, w)
-        w = w - reduce.combine(h, basis)
-        again = reduce.dots(basis, w)  # orthogonalised twice: classical Gram-Schmidt alone loses it in float32
-        w = w - reduce.combine(again, basis)
+        # modified Gram-Schmidt in one pass over the basis: h_i = <V_i, w> - sum_k<i h_k <V_i, V_k>
+        sums = reduce.products(basis, V[:, j : j + 2])
+        L[:, j, :j] = sums[:, 0, :j]
+        h = torch.linalg.solve_triangular(L[:, : j + 1, : j + 1], sums[:, 1:].mT, upper=False, unitriangular=True)
+        h = h.squeeze(2)
+        w = V[:, j + 1] - reduce.combine(h, basis)
         norm = reduce.norm(w)
-        h = h + again
         floor = noise * torch.hypot(torch.linalg.vector_norm(h, dim=1, keepdim=True), norm) + tiny**0.5
         rotated = (Q[:, : j + 1, : j + 1] @ h.unsqueeze(2)).squeeze(2)
         last = rotated[:, j:]
