@@ -100,7 +100,9 @@ def _rows(command: str, words: Words) -> tuple[Any, dict[str, list[str]]]:
     from . import config, papers
 
     found = papers.rows(words.overrides, words.search) if command == "bench" else None
-    return found or (None, {str(i): row for i, row in enumerate(config.expand(words.overrides, words.search))})
+    several = papers.sweep(words.overrides, words.search) if words.multirun else None  # of train
+    rows = several or ([] if found else config.expand(words.overrides, words.search))
+    return found or (None, {str(i): row for i, row in enumerate(rows)})
 
 
 def _jobs(command: str, words: Words, aloud: bool = True) -> list[config.Composed]:

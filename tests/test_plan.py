@@ -47,6 +47,15 @@ def test_a_sweep_in_every_state(here, capsys, monkeypatch):
     assert planned(capsys, "train", "force=true", *words)[done.name]["steps left"] == 30
 
 
+def test_the_rows_of_a_table_are_jobs_of_a_sweep(here, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "_measure", lambda cfg, device: 10.0)
+    (here / "own/table").mkdir(parents=True)
+    (here / "own/table/two.yaml").write_text("rows:\n  root: {words: [model=deq]}\n  flow: {words: [model=cdeq]}\n")
+    words = ["train", "-m", "table=two", "seed=0,1", "--config-dir=own", *jobs.words(here)]
+    assert [name.split("-s")[0] for name in planned(capsys, *words)] == ["deq-digits", "cdeq-digits"] * 2
+    assert len(planned(capsys, *words, "rows=flow")) == 2
+
+
 def test_what_was_never_run_is_tried(here, capsys, monkeypatch):
     monkeypatch.setattr(plan, "_measure", lambda cfg, device: {"deq": 10.0, "cdeq": 20.0}[cfg["model"]["name"]])
     rows = planned(capsys, "train", "model=deq,cdeq", "recipe.epochs=2", *jobs.words(here))
