@@ -18,11 +18,13 @@ SEEDS = {"sound": [0, 1, 2], "faithful": [0]}
 
 @dataclass(frozen=True)
 class Row:
-    """`published` cells are numbers or [mean, sd]; an absent one is not known. `more`: only when it is asked for."""
+    """`published` cells are numbers or [mean, sd]; an absent one is not known. `more`: only when it is asked for. `of`:
+    the table whose words it runs with, this one or one that it inherits from."""
 
     words: list[str] = field(default_factory=list)
     published: dict[str, Any] = field(default_factory=dict)
     more: bool = False
+    of: str = ""
 
     def cell(self, *names: str) -> float | None:
         """The first of the cells that is published, its mean."""
@@ -148,9 +150,10 @@ def table(name: str, search: tuple[str, ...] = ()) -> Table:
     if (kind := said.get("kind", "cells")) not in KINDS:
         raise UsageError(f"{found[name]}: no kind {kind!r}{nearest(kind, KINDS)}")
     base = table(said["inherits"], search) if said.get("inherits") else Table(name, name, "", [], [], [], {})
-    merged = {label: vars(row) for label, row in base.rows.items()}
+    other = {"of": name} if {"words", "on_cpu"} & said.keys() else {}
+    merged = {label: {**vars(row), **other} for label, row in base.rows.items()}
     for label, row in rows.items():
-        merged[label] = {**merged.get(label, {}), **row}
+        merged[label] = {"of": name, **merged.get(label, {}), **row, **({"of": name} if "words" in row else {})}
     own = {key: value for key, value in said.items() if key not in ("inherits", "rows")}
     return replace(base, name=name, rows={label: Row(**row) for label, row in merged.items()},
                    **{"title": name, **({"title": base.title} if said.get("inherits") else {}), **own})  # fmt: skip

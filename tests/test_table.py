@@ -129,7 +129,8 @@ def test_missing_and_failed_say_so_and_what_fills_them(here, capsys):
     put(here, "deq", 0, status="failed", error="loss was nan")
     assert main(["table", "table=mine", "--config-dir=own", "length=short"]) == 0
     out = capsys.readouterr().out
-    assert "not run: 4 trainings; implicit-bench table table=mine length=short run_missing=true runs them" in out
+    fill = "implicit-bench table table=mine length=short run_missing=true --config-dir=own"
+    assert f"not run: 4 trainings; {fill} runs them" in out
     main(["table", "table=mine", "--config-dir=own"])
     out = capsys.readouterr().out
     lines = {line.split()[0]: line for line in out.splitlines() if line.split()}
@@ -177,6 +178,16 @@ def test_a_row_of_a_bench_is_the_latest_of_those_furthest_along_training(here, c
     bench(here, [], rows=[timed("deq", 70.0) | {"at": 500}], name="far", started="2025-01-01T00:00:00+00:00")
     _, (deq, _) = asked(capsys, "columns=train_s")
     assert float(deq["train_s"]) == 0.07
+
+
+def test_a_row_that_a_table_inherits_keeps_its_times(here, capsys):
+    bench(here, [], rows=[timed("deq", 50.0), timed("cdeq", 60.0)], name="base")
+    (here / "own/table/wider.yaml").write_text("inherits: mine\nrows:\n  cdeq: {words: [model=cdeq, stop.tol=1e-3]}\n")
+    (here / "own/table/other.yaml").write_text("inherits: mine\nwords: [gpu.threads=1, recipe.batch=16]\n")
+    for table, times in (("wider", ["0.05", ""]), ("other", ["", ""])):
+        assert [row["train_s"] for row in asked(capsys, "columns=train_s", table=table)[1]] == times
+    bench(here, [], rows=[timed("cdeq", 70.0)], name="own", table="wider")
+    assert [row["train_s"] for row in asked(capsys, "columns=train_s", table="wider")[1]] == ["0.05", "0.07"]
 
 
 def test_formats_hold_the_same_cells_and_the_same_records_give_the_same_bytes(here, capsys):

@@ -206,12 +206,13 @@ def read(dirs: Sequence[Path]) -> list[Run]:
     return list(found.values())
 
 
-def timed(everything: Sequence[Run], table: str, protocol: str, label: str) -> dict[str, Timed]:
-    """Of a row on each machine, as the table's benches timed it furthest along training, and of such the latest; its
-    memory is another bench's where that one measured none."""
+def timed(everything: Sequence[Run], table: Table, protocol: str, label: str) -> dict[str, Timed]:
+    """Of a row on each machine, as benches of the table, or of that which it has the row from, timed it furthest along
+    training, and of such the latest; its memory is another bench's where that one measured none."""
     found: dict[str, Timed] = {}
+    names = table.name, table.rows[label].of
     rows = [(row.get("at") or 0, record.started(run.record, run.folder), row, run.record) for run in everything
-            if run.record["command"] == "bench" and run.record["config"].get("table") == table
+            if run.record["command"] == "bench" and run.record["config"].get("table") in names
             and run.record["protocol"] == protocol for row in run.record.get("rows") or ()
             if row["label"].partition(" ×")[0] == label]  # fmt: skip
     for *_, row, rec in sorted(rows, key=lambda each: each[:2], reverse=True):
@@ -231,7 +232,7 @@ def lines(table: Table, wanted: Mapping[str, Mapping[int, str]], everything: Seq
             by_cell.setdefault(record.cell_id(run.record["config"]), []).append(run)
     found = []
     for label, cells in wanted.items():
-        bench = timed(everything, table.name, protocol, label)
+        bench = timed(everything, table, protocol, label)
         here: dict[str, Line] = {}
         blank = Line(label, table.rows[label], wanted=tuple(cells), target=table.target)
         for seed, id in cells.items():

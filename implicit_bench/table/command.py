@@ -69,8 +69,7 @@ def command(args: Sequence[str]) -> int:
         if code:
             return code
     which = [f"{key}={given[key]}" for key in ("table", "rows", "seeds") if given[key]]
-    fill = shlex.join(["implicit-bench", "table", *which, *words.overrides, "run_missing=true"])
-    grid = grid_of(table, jobs, cells.read(dirs), columns, words, fill)
+    grid = grid_of(table, jobs, cells.read(dirs), columns, words, filling(which, words))
     if not any(row for row in grid.rows):
         raise UsageError(f"table={table.name} has nothing to show")
     if given["out"]:
@@ -92,6 +91,12 @@ def keyed(args: Sequence[str], keys: Mapping[str, str]) -> tuple[dict[str, str],
 
 def listed(text: str) -> list[str]:
     return [word for word in text.strip("[]").split(",") if word]
+
+
+def filling(which: Sequence[str], words: Words) -> str:
+    """The command that runs what is missing of a table."""
+    found = (f"--config-dir={folder}" for folder in words.search)
+    return shlex.join(["implicit-bench", "table", *which, *words.overrides, "run_missing=true", *found])
 
 
 def protocol_of(words: Words) -> str:
@@ -202,7 +207,7 @@ def time_missing(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]]
 
     device = config.make(next(iter(next(iter(jobs.values())).values())).config["gpu"], "gpu")
     here, everything, protocol = device.environment()["hardware"], cells.read(dirs), protocol_of(words)
-    untimed = [label for label in jobs if here not in cells.timed(everything, table.name, protocol, label)]
+    untimed = [label for label in jobs if here not in cells.timed(everything, table, protocol, label)]
     beside = next((label for label in table.chosen(None) if [label] != untimed), None)
     if not untimed or beside is None or (left is not None and left < 1):
         return 0

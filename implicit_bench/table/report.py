@@ -19,7 +19,7 @@ from ..schema import UsageError, files, nearest
 from ..terminal import Bar, say
 from ..words import split
 from . import cells
-from .command import grid_of, jobs_of, keyed, listed, send, touched
+from .command import filling, grid_of, jobs_of, keyed, listed, send, touched
 from .grid import Grid
 
 KEYS = {"records": "runs,results", "out": "report", "logger": "none"}
@@ -99,9 +99,8 @@ def measured(everything: Sequence[Run], search: tuple[str, ...] = ()) -> list[Me
             said = [f"protocol={protocol}"] if protocol else []
             words = split([*said, *(f"--config-dir={folder}" for folder in search)])
             jobs = jobs_of(table, [], words) if protocol else {}
-            fill = f"implicit-bench table table={table.name} protocol={protocol} run_missing=true"
             configs = [job.config for each in jobs.values() for job in each.values()]
-            grid = grid_of(table, jobs, everything, table.columns, words, fill)
+            grid = grid_of(table, jobs, everything, table.columns, words, filling([f"table={table.name}"], words))
             found.append(Measured(table, protocol, grid, configs))
     return found
 
