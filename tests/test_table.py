@@ -130,7 +130,7 @@ def test_missing_and_failed_say_so_and_what_fills_them(here, capsys):
     assert main(["table", "table=mine", "--config-dir=own", "length=short"]) == 0
     out = capsys.readouterr().out
     fill = "implicit-bench table table=mine length=short run_missing=true --config-dir=own"
-    assert f"not run: 4 trainings; {fill} runs them" in out
+    assert f"not done: 4 trainings; {fill} runs them" in out
     main(["table", "table=mine", "--config-dir=own"])
     out = capsys.readouterr().out
     lines = {line.split()[0]: line for line in out.splitlines() if line.split()}

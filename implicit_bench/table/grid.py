@@ -78,7 +78,7 @@ def of_cells(table: Table, wanted: Mapping[str, Mapping[int, str]], everything: 
     notes = _notes(table, lines, bench.values(), protocol, several, theirs)
     if missing:
         count = sum(map(len, missing.values()))
-        notes.append(f"not run: {count} training{'s' * (count != 1)}; {fill} runs them")
+        notes.append(f"not done: {count} training{'s' * (count != 1)}; {fill} runs them")
     return Grid(table.title, heads, rows, plain_heads, plain, notes, used, lines=lines)
 
 
