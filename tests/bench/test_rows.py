@@ -172,7 +172,7 @@ def test_a_solvers_own_arithmetic_is_what_is_neither_f_nor_a_vjp(made, monkeypat
     assert all(torch.equal(p, q) for p, q in zip(row.model.parameters(), weights))
     assert row.state()["step"] == before["step"]
     cell = row.model.layer.cell
-    forward, dots = cell.forward, core.Reduce.dots
+    forward, combine = cell.forward, core.Reduce.combine
 
     def slowly(call):
         def slow(*args, **given):
@@ -186,8 +186,8 @@ def test_a_solvers_own_arithmetic_is_what_is_neither_f_nor_a_vjp(made, monkeypat
         patch.setattr(torch.autograd, "grad", slowly(torch.autograd.grad))
         slow_f = arithmetic_ms(row)
     assert slow_f < plain + 15  # of some fifteen calls, 300 ms
-    monkeypatch.setattr(core.Reduce, "dots", slowly(dots))
-    assert arithmetic_ms(row) > plain + 35  # two an iteration
+    monkeypatch.setattr(core.Reduce, "combine", slowly(combine))
+    assert arithmetic_ms(row) > plain + 35  # one an iteration, one at the end
 
 
 def test_where_calls_cannot_be_told_apart_there_is_no_arithmetic(made):
