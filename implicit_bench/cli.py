@@ -99,10 +99,10 @@ def _rows(command: str, words: Words) -> tuple[Any, dict[str, list[str]]]:
     """The table asked for, if any, and the words of each job by its row there, or by its number."""
     from . import config, papers
 
-    found = papers.rows(words.overrides, words.search) if command == "bench" else None
-    several = papers.sweep(words.overrides, words.search) if words.multirun else None  # of train
-    rows = several or ([] if found else config.expand(words.overrides, words.search))
-    return found or (None, {str(i): row for i, row in enumerate(rows)})
+    if command == "bench" and (found := papers.rows(words.overrides, words.search)):
+        return found
+    rows = papers.sweep(words.overrides, words.search) if words.multirun else None
+    return None, {str(i): row for i, row in enumerate(rows or config.expand(words.overrides, words.search))}
 
 
 def _jobs(command: str, words: Words, aloud: bool = True) -> list[config.Composed]:

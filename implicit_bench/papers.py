@@ -153,7 +153,8 @@ def table(name: str, search: tuple[str, ...] = ()) -> Table:
     other = {"of": name} if {"words", "on_cpu"} & said.keys() else {}
     merged = {label: {**vars(row), **other} for label, row in base.rows.items()}
     for label, row in rows.items():
-        merged[label] = {"of": name, **merged.get(label, {}), **row, **({"of": name} if "words" in row else {})}
+        before = merged.get(label, {})
+        merged[label] = {**before, **row, "of": before["of"] if before and "words" not in row else name}
     own = {key: value for key, value in said.items() if key not in ("inherits", "rows")}
     return replace(base, name=name, rows={label: Row(**row) for label, row in merged.items()},
                    **{"title": name, **({"title": base.title} if said.get("inherits") else {}), **own})  # fmt: skip

@@ -25,8 +25,8 @@ def build(folder: Path) -> str:
     """tables/ and figures/ below a folder; returns README as it is to be."""
     everything = cells.read([RESULTS])
     found = measured(everything)
-    for table, protocol, grid, configs in found:
-        write(grid, table.name, folder / "tables" / protocol, configs)
+    for table, protocol, grid, jobs in found:
+        write(grid, table.name, folder / "tables" / protocol, jobs)
     sections(everything, found, folder / "figures")
     claims = next(grid for table, _, grid, _ in found if table.name == "claims")
     return page.put(README.read_text("utf-8"), {"claims": claims.said("md")})

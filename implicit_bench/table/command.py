@@ -73,7 +73,7 @@ def command(args: Sequence[str]) -> int:
     if not any(row for row in grid.rows):
         raise UsageError(f"table={table.name} has nothing to show")
     if given["out"]:
-        write(grid, table.name, Path(given["out"]), [job.config for each in jobs.values() for job in each.values()])
+        write(grid, table.name, Path(given["out"]), jobs)
     show(grid)
     if given["publish"] == "true":
         publish(grid.used.values(), Path("results"))
@@ -241,12 +241,12 @@ def _rows(grid: Grid) -> None:
     tables.show(grid.columns, grid.rows, spare=[c for c in reversed(grid.columns[3:]) if c != "paper"])
 
 
-def write(grid: Grid, name: str, folder: Path, configs: Sequence[Mapping[str, Any]] = ()) -> None:
+def write(grid: Grid, name: str, folder: Path, jobs: Mapping[str, Mapping[int, config.Composed]]) -> None:
     """NAME.md, .csv, .tex, .json, .txt, and NAME.bib of the methods; the same records give the same bytes."""
     record.writable("out", folder)
     for format, suffix in SUFFIXES.items():
         (folder / f"{name}.{suffix}").write_text(grid.said(format), encoding="utf-8")
-    if cited := references(configs):
+    if cited := references([job.config for each in jobs.values() for job in each.values()]):
         (folder / f"{name}.bib").write_text(cited, encoding="utf-8")
 
 

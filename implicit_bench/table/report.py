@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import log, machine, papers, record
+from .. import config, log, machine, papers, record
 from ..compare.figures import Trained, Unknown
 from ..compare.rows import Run
 from ..report import plots
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
     table: papers.Table
     protocol: str  # "" of a table that is made of others
     grid: Grid
-    configs: Sequence[Mapping[str, Any]]  # of its trainings
+    jobs: Mapping[str, Mapping[int, config.Composed]]  # its trainings, by row and seed
 
 
 class Figure(NamedTuple):
@@ -99,9 +99,8 @@ def measured(everything: Sequence[Run], search: tuple[str, ...] = ()) -> list[Me
             said = [f"protocol={protocol}"] if protocol else []
             words = split([*said, *(f"--config-dir={folder}" for folder in search)])
             jobs = jobs_of(table, [], words) if protocol else {}
-            configs = [job.config for each in jobs.values() for job in each.values()]
             grid = grid_of(table, jobs, everything, table.columns, words, filling([f"table={table.name}"], words))
-            found.append(Measured(table, protocol, grid, configs))
+            found.append(Measured(table, protocol, grid, jobs))
     return found
 
 
