@@ -1,5 +1,5 @@
 """The second paper's network (HomoODE, arXiv 2310.09583, as in its released code) and the pixel-space one of ANODE
-(arXiv 1904.01681), from which both papers' neural-ODE figures come."""
+(arXiv 1904.01681), from which the usual neural-ODE figures of CIFAR-10 come."""
 
 from __future__ import annotations
 

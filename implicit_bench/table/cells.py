@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +112,7 @@ class Column(NamedTuple):
     head: str
     digits: int | None  # after the point; None: three significant
     of: Callable[[Line], list[float]]
-    scale: float = 1.0  # of what is published
+    scale: int = 1  # of what is published
     timed: bool = False  # of a bench, not of trainings
 
 
@@ -156,7 +157,7 @@ class Cell:
 def spelled(mean: float, sd: float | None, digits: int | None) -> str:
     if digits is None:
         return number(mean) if not sd else f"{number(mean)} ± {number(sd, 2)}"
-    return f"{mean:,.{digits}f}" + ("" if not sd else f" ± {sd:,.{digits}f}")
+    return f"{mean:,.{digits}f}" + ("" if sd is None else f" ± {sd:,.{digits}f}")
 
 
 def cell(line: Line, name: str) -> Cell:
@@ -171,12 +172,19 @@ def cell(line: Line, name: str) -> Cell:
 
 
 def published(line: Line, name: str) -> str:
-    """The paper's, as the paper has it: [mean, sd] or one number; none where nobody could read it."""
-    value, column = line.paper.published.get(name), COLUMNS[name]
+    """The paper's, to its own last digit: [mean, sd] or one number; none where nobody could read it."""
+    value = line.paper.published.get(name)
     if value is None:
         return ""
     mean, sd = (*value, None)[:2] if isinstance(value, (list, tuple)) else (value, None)
-    return spelled(mean * column.scale, sd * column.scale if sd else None, column.digits)
+    return exactly(mean, sd, COLUMNS[name].scale)
+
+
+def exactly(mean: float, sd: float | None, scale: int = 1) -> str:
+    """Scaled by a power of ten, without a digit more or less."""
+    said = [Decimal(str(number)).scaleb(len(str(scale)) - 1) for number in (mean, sd) if number is not None]
+    digits = max(-int(number.as_tuple().exponent) for number in said)
+    return " ± ".join(f"{number:,.{max(digits, 0)}f}" for number in said)
 
 
 def machine(rec: Mapping[str, Any]) -> str:

@@ -171,7 +171,10 @@ def of_board(table: Table, measured: Mapping[str, tuple[float, float | None, int
         if own and line["model"] in measured:
             acc, sd, n, runs = measured[line["model"]]
             used |= {run.record["run_id"]: run for run in runs}
-        said = cells.spelled(acc, sd, 1 if not own else 2) if acc is not None else "not run" if own else ""
+        if acc is None:
+            said = "not run" if own else ""
+        else:
+            said = cells.spelled(acc, sd, 2) if own else cells.exactly(acc, sd)
         source = "here" if own else line["source"]
         rows.append([line["model"], *(str(line.get(key, "")) for key in ("params", "augmented")), said, source,
                      line.get("note", "")])  # fmt: skip

@@ -55,8 +55,8 @@ class Found(NamedTuple):
 
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
-    """Of each table, machine and pair of rows the one furthest along training, of such the latest; one of too few
-    rounds only where no machine has given that pair an interval."""
+    """Of each table and pair of rows the one furthest along training, on each machine that got there the latest; one
+    of too few rounds only where no machine has given that pair an interval."""
     found: dict[tuple[Any, ...], Found] = {}
     runs = [run for run in everything if run.record["command"] in ("bench", "compare") and run.record.get("ratios")]
     for run in sorted(runs, key=lambda run: record.started(run.record, run.folder)):
@@ -71,19 +71,24 @@ def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables:
                 key = name, env["hardware"], rec["command"], r["numerator"], r["denominator"], r["measure"]
                 if key not in found or (last or 0) >= (found[key].at or 0):
                     found[key] = Found(name, protocol, env["hardware"], last, r, run)
-    enough = {(name, *pair) for (name, _, *pair), each in found.items() if not each.hasty}
-    return [found[key] for key in sorted(found, key=str) if not found[key].hasty or (key[0], *key[2:]) not in enough]
+    shown: dict[tuple[Any, ...], list[Found]] = {}
+    for (name, _, *pair), each in sorted(found.items(), key=str):
+        shown.setdefault((name, *pair), []).append(each)
+    kept = [[f for f in each if not f.hasty] or each for each in shown.values()]
+    return [f for each in kept for f in each if (f.at or 0) == max(g.at or 0 for g in each)]
 
 
 def verdict(claim: Mapping[str, Any], found: Sequence[Found]) -> str:
     """Holds where every settled ratio is above 1 and reaches the claim's lower end with its interval, fails where none
-    is above 1, partly in between; of a difference of logits, as the record says. Nothing settled: not testable here."""
+    is above 1, partly in between; a claim of likeness wants none below 1 instead. Of a difference of logits, as the
+    record says. Nothing settled: not testable here."""
     settled = [each for each in found if each.settled]
     if not settled:
         return WORDS[3]
     if settled[0].ratio["measure"] == "logits":
         equal = [each.ratio["verdict"] == "equal" for each in settled]
         return WORDS[0] if all(equal) else WORDS[1] if any(equal) else WORDS[2]
-    above = [each.ratio["low"] > 1 for each in settled]
+    alike = claim.get("equal", False)
+    above = [each.ratio["high"] >= 1 if alike else each.ratio["low"] > 1 for each in settled]
     reach = [up and each.ratio["high"] >= claim.get("least", 1.0) for up, each in zip(above, settled)]
     return WORDS[0] if all(reach) else WORDS[1] if any(above) else WORDS[2]

@@ -132,7 +132,7 @@ def test_a_step_reads_the_stack_twice():
 
 
 def test_a_step_never_asks_the_device():
-    for variant in ("correct", "paper"):
+    for variant in ("correct", "paper", "paper_v1"):
         with Reads() as seen:
             iterates(Broyden(3, variant), tanh_map(W, CTX), torch.zeros_like(CTX), 8)
         assert seen.reads == 0
@@ -247,8 +247,9 @@ def test_the_unrolled_gradient_is_that_of_the_steps(window):
     close(run(CTX.clone().requires_grad_()).detach(), quick, 1e-14)
 
 
-def paper_code(f, z, steps, window):
-    """arXiv 2201.12240's code: `H x = -x + sum v (u.x)` where u and v should change places, v.y over all samples."""
+def paper_code(f, z, steps, window, summed=True):
+    """arXiv 2201.12240's code: `H x = -x + sum v (u.x)` where u and v should change places, v.y over all samples, or as
+    in version 1's over each."""
     U, V, out = [], [], [z]
 
     def H(x):
@@ -264,7 +265,8 @@ def paper_code(f, z, steps, window):
         Fn = f(new) - new
         s, y = new - z, Fn - F
         v = HT(s)
-        u = (s - H(y)) / ((v * y).sum() + torch.finfo(z.dtype).eps)
+        vy = (v * y).sum() if summed else (v * y).sum(1, keepdim=True)
+        u = (s - H(y)) / (vy + torch.finfo(z.dtype).eps)
         if n < window:
             U.append(u)
             V.append(v)
@@ -277,10 +279,12 @@ def paper_code(f, z, steps, window):
 
 @pytest.mark.parametrize("reduce", [PER_SAMPLE, BATCH], ids=["rows", "batch"])
 @pytest.mark.parametrize("window", [3, 27])
-def test_the_papers_variant_is_the_papers_code(window, reduce):
+@pytest.mark.parametrize("variant", ["paper", "paper_v1"])
+def test_the_papers_variants_are_the_papers_code(variant, window, reduce):
     F, z0 = tanh_map(W, 0.3 * CTX), torch.zeros_like(CTX)
-    ours = iterates(Broyden(window, "paper"), F, z0, 12, reduce)
-    torch.testing.assert_close(ours, paper_code(lambda z: F.f(z, None), z0, 12, window), rtol=1e-9, atol=1e-12)
+    ours = iterates(Broyden(window, variant), F, z0, 12, reduce)
+    theirs = paper_code(lambda z: F.f(z, None), z0, 12, window, summed=variant == "paper")
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     assert float((ours - iterates(Broyden(window), F, z0, 12, reduce)).abs().max()) > 1e-3
 
 
@@ -298,20 +302,22 @@ def test_at_a_batch_of_128_the_papers_variant_is_picard(rho):
     assert steps(Broyden(), 1e-3, PER_SAMPLE) <= steps(Picard(), 1e-3, PER_SAMPLE) - (rho > 0.5)
 
 
-def test_the_papers_variant_couples_rows_whatever_is_asked():
+@pytest.mark.parametrize(("variant", "couples"), [("paper", True), ("paper_v1", False)])
+def test_the_papers_variant_couples_rows_whatever_is_asked_and_version_1s_does_not(variant, couples):
     x = random(3, 6, seed=5)
     sick = x.clone()
     sick[1] = torch.nan
-    run = lambda ctx: iterates(Broyden(variant="paper"), tanh_map(W, ctx), torch.zeros_like(x), 4, Reduce(True))[-1]  # noqa: E731
+    run = lambda ctx: iterates(Broyden(variant=variant), tanh_map(W, ctx), torch.zeros_like(x), 4, Reduce(True))[-1]  # noqa: E731
     assert bool(run(x).isfinite().all())
-    assert not bool(run(sick)[[0, 2]].isfinite().any())
+    assert bool(run(sick)[[0, 2]].isfinite().any()) is not couples
+    assert Broyden(variant=variant).couples is couples
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
         (lambda: Broyden(0), "solver.window=0 must be at least 1, or null for the variant's own"),
-        (lambda: Broyden(variant="bad"), "solver.variant='bad' must be correct or paper"),
+        (lambda: Broyden(variant="bad"), "solver.variant='bad' must be correct, paper or paper_v1"),
     ],
 )
 def test_an_impossible_setting_is_refused_in_a_sentence(make, sentence):
@@ -320,4 +326,4 @@ def test_an_impossible_setting_is_refused_in_a_sentence(make, sentence):
 
 
 def test_the_window_is_the_variants_own_unless_given():
-    assert [Broyden().window, Broyden(variant="paper").window, Broyden(5, "paper").window] == [12, 27, 5]
+    assert [Broyden().window, Broyden(variant="paper_v1").window, Broyden(5, "paper").window] == [12, 27, 5]
