@@ -15,9 +15,8 @@ from . import config, machine, record
 from .bench.command import agreed
 from .bench.rows import labels, steps_a_round, warm_steps
 from .device import Device
-from .record import RecordError
 from .report import tables
-from .terminal import Bar, duration, say
+from .terminal import Bar, count, duration, say
 from .train import Step, checkpoint
 
 STEPS = 4  # the first of them warms up
@@ -31,8 +30,8 @@ def plan_training(jobs: Sequence[config.Composed]) -> int:
         cfg = {**job.config, "gpu": device.settings()}
         run_id = "?" if job.alike else record.run_id(cfg)
         folder = record.lookup(cfg["paths"]["runs"], run_id)
-        rec = _record(folder)
-        state = "to do" if rec is None else "begun" if rec["status"] == "running" else rec["status"]
+        rec = record.peek(folder) if folder and (folder / "record.json").exists() else {}
+        state = "to do" if not rec else "begun" if rec["status"] == "running" else rec["status"]
         name = record.folder_name(cfg["model"]["name"], job.choices["dataset"], cfg["seed"], run_id)
         name = folder.name if folder else name
         if state == "done" and not cfg["force"]:
@@ -50,7 +49,7 @@ def plan_training(jobs: Sequence[config.Composed]) -> int:
     time_left = {"time": lambda s: "–" if s is None else duration(s) if s else ""}
     tables.show(["job", "state", "steps left", "ms/step", "from", "time"], rows, time_left, spare=["from", "ms/step"])
     how_long = f": about {duration(total)} of training here, one after the other" if todo else ""
-    say("plan", f"{_jobs(len(jobs))}, {len(jobs) - todo} done, {todo} to do{how_long}; nothing was run")
+    say("plan", f"{count(len(jobs), 'job')}, {len(jobs) - todo} done, {todo} to do{how_long}; nothing was run")
     return 0
 
 
@@ -79,19 +78,8 @@ def plan_others(command: str, jobs: Sequence[config.Composed]) -> int:
     """The jobs of eval and check, which have no long run before them."""
     rows = [[command, " ".join(job.overrides) or "(the defaults)", "to do"] for job in jobs]
     tables.show(["command", "job", "state"], rows)
-    say("plan", f"{_jobs(len(jobs))}; nothing was run")
+    say("plan", f"{count(len(jobs), 'job')}; nothing was run")
     return 0
-
-
-def _jobs(n: int) -> str:
-    return f"{n} job{'s' * (n != 1)}"
-
-
-def _record(folder: Path | None) -> dict[str, Any] | None:
-    try:
-        return record.read_record(folder) if folder and (folder / "record.json").exists() else None
-    except RecordError:
-        return None
 
 
 def _saved(folder: Path) -> int:
@@ -108,8 +96,8 @@ class Pace:
         cpu = machine.fingerprint()["cpu"]
         for folder in dict.fromkeys(job.config["paths"]["runs"] for job in jobs):
             for path in record.record_files(Path(folder)):
-                rec = _record(path.parent) if path.name == "record.json" else None
-                spread = (rec or {}).get("timing", {}).get("step_ms")
+                rec = record.peek(path.parent) if path.name == "record.json" else {}
+                spread = rec.get("timing", {}).get("step_ms")
                 if rec and spread and rec["command"] == "train" and rec["environment"]["cpu"] == cpu:
                     self._known[_pace(rec["config"])] = spread["median"], "a run like it"
         self._bar = Bar(len(jobs), "jobs")

@@ -135,8 +135,8 @@ def find(runs_dir: str | Path, text: str, command: str | None = None) -> Path:
     if os.sep in text and (Path(text) / "record.json").is_file():  # a shell's completion writes the path
         return Path(text)
     ids = _ids(Path(runs_dir))
-    if text == "last" and (by := [path for path in ids if command in (None, _peek(path).get("command"))]):
-        return max(by, key=lambda path: started(_peek(path), path))
+    if text == "last" and (by := [path for path in ids if command in (None, peek(path).get("command"))]):
+        return max(by, key=lambda path: started(peek(path), path))
     exact = [path for path, id in ids.items() if text in (name_of(path), id)]
     fits = exact or [path for path, id in ids.items() if any(n.startswith(text or "/") for n in (name_of(path), id))]
     if len(fits) == 1:
@@ -160,7 +160,7 @@ def pick(dirs: Sequence[Path], text: str) -> Path:
 def lookup(runs_dir: str | Path, run_id: str) -> Path | None:
     """The folder that holds this run, whatever labels its name carries: a finished one first, then the latest."""
     named = {path: _ID.search(path.name) for path in _folders(Path(runs_dir))}
-    fits = {path: _peek(path) for path, id in named.items() if not id or id[1] == run_id}  # few, of a thousand
+    fits = {path: peek(path) for path, id in named.items() if not id or id[1] == run_id}  # few, of a thousand
     fits = {path: rec for path, rec in fits.items() if named[path] or rec.get("run_id") == run_id}
     return max(fits, key=lambda path: (fits[path].get("status") == "done", started(fits[path], path)), default=None)
 
@@ -183,16 +183,20 @@ def _ids(top: Path) -> dict[Path, str]:
     files = [*sorted(top.glob("*.record.json")), *sorted(top.glob("*/*.record.json"))]
     files = [path for path in files if not path.name.startswith((".", "attempt-"))]
     named = {path: _ID.search(name_of(path)) for path in (*_folders(top), *files)}
-    ids = {path: id[1] if id else _peek(path).get("run_id") for path, id in named.items()}
+    ids = {path: id[1] if id else peek(path).get("run_id") for path, id in named.items()}
     return {path: id for path, id in ids.items() if id}
 
 
-def _peek(folder: Path) -> dict[str, Any]:
+def peek(folder: Path) -> dict[str, Any]:
     """The record if it can be read: one broken run must not hide the others."""
     try:
         return read_record(folder)
     except RecordError:
         return {}
+
+
+def now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
 def started(record: Mapping[str, Any], path: Path) -> float:
@@ -228,7 +232,7 @@ def new_record(command: str, config: Mapping[str, Any], **fields: Any) -> dict[s
         "steps": 0, "epochs": 0, "best_epoch": None, "metrics": sections["metrics"], "timing": sections["timing"],
         "solve": {**sections["solve"], "status_counts": {}}, "memory": sections["memory"], "flops": sections["flops"],
         "nonfinite_steps": 0, "resumed_from": [], "environment": dict.fromkeys(environment.split()),
-        "started_at": datetime.now().astimezone().isoformat(timespec="milliseconds"), "finished_at": None,
+        "started_at": now(), "finished_at": None,
     }  # fmt: skip
     for key, value in fields.items():
         if key not in record:

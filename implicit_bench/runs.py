@@ -16,7 +16,7 @@ from .jsonl import read_jsonl
 from .record import METRICS, RecordError, flat
 from .report import tables
 from .schema import UsageError, nearest, no_key
-from .terminal import number, say, share
+from .terminal import count, number, say, share
 
 if TYPE_CHECKING:
     import pandas
@@ -297,18 +297,15 @@ def _remove(words: Sequence[str], dirs: Sequence[Path], yes: bool) -> int:
     size = sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) / 2**20
     for folder in folders:
         print(f"  {folder}", file=sys.stderr)
+    found = count(len(folders), "run")
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("runs rm asks before it removes, and there is nobody to ask here; add -y")
-        print(f"remove {_count(folders)}, {size:.1f} MiB, for good? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"remove {found}, {size:.1f} MiB, for good? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("nothing removed", file=sys.stderr)
             return 0
     for folder in folders:
         shutil.rmtree(folder)
-    print(f"removed {_count(folders)}, {size:.1f} MiB")
+    print(f"removed {found}, {size:.1f} MiB")
     return 0
-
-
-def _count(folders: Sequence[Path]) -> str:
-    return f"{len(folders)} run{'s' * (len(folders) != 1)}"

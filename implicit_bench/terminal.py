@@ -106,6 +106,10 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:#.{digits}g}".rstrip(".")
 
 
+def count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 def share(value: float | None) -> str:
     """An accuracy: three decimals."""
     return "–" if value is None else f"{value:.3f}"

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..jsonl import Jsonl
 from ..lock import RunLock
 from ..log import Sink
 from ..sync import replay
-from ..terminal import Bar, duration, progress, say
+from ..terminal import Bar, count, duration, progress, say
 from ..train import Interrupted
 from ..train.signals import sigterm_as_ctrl_c
 from . import memory, peers, show
@@ -130,7 +129,7 @@ def _run(timing: Timing, rec: dict[str, Any], folder: Path, sink: Sink, began: f
     rec["status"] = "interrupted" if interrupted else "failed" if code else "done"
     rec["error"] = "; ".join(f"{k}: {v}" for k, v in failed.items()) or None
     rec["timing"]["total_s"] = time.perf_counter() - began
-    rec["finished_at"] = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    rec["finished_at"] = record.now()
     record.write_record(folder, rec)
     replay(sink, rec, folder)
     sink.finish(code)
@@ -220,8 +219,8 @@ class Timing:
         expected += (left - 1) * sum((1 + 3 * warm_steps(row.step_ms)) * both[row.label] for row in rows)
         many = f"{self.rounds} rounds" if budget is None else duration(budget)
         point = "" if at is None else f" at step {at:,}"
-        progress("plan", f"{len(rows)} rows{point} × {many} of {show.steps(k)}, about {duration(expected)} from here; "
-                 "Ctrl-C prints what there is")  # fmt: skip
+        progress("plan", f"{len(rows)} rows{point} × {many} of {count(k, 'step')}, about {duration(expected)} from "
+                 "here; Ctrl-C prints what there is")  # fmt: skip
         prices = Readings(rows)
         bar = Bar(0 if budget else self.rounds, "rounds")
 

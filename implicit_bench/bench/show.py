@@ -9,17 +9,13 @@ from typing import Any
 
 from .. import clock, record, terminal
 from ..report import plots, ratios, tables
-from ..terminal import duration, number, say, share
+from ..terminal import count, duration, number, say, share
 from .ratios import Comparison, Figures, Stage
 from .rows import Row
 
 COLUMNS = ["model", "params", "train ms", "backward", "predict", "calls f/vjp", "residual", "capped", "val acc",
            "×floor", "MiB", "GFLOP/s"]  # fmt: skip
 SPARE = ["params", "GFLOP/s", "MiB", "capped", "residual", "val acc", "predict"]
-
-
-def steps(k: int) -> str:
-    return f"{k} step{'s' * (k != 1)}"
 
 
 def row(f: Figures, at: int | None) -> dict[str, Any]:
@@ -72,7 +68,7 @@ def show(rows: Sequence[Row], stages: Sequence[Stage], failed: Mapping[str, str]
     bars = [(f"{c.title}{_point(s)}", c.ratio.value, c.ratio.low, c.ratio.high)
             for s, c in found if c.measure in ("train", "backward", "predict")]  # fmt: skip
     if bars:
-        plots.speedup_bars(folder / "speedup.svg", bars, f"{rec['data']['name']}, batch {batch}, "
+        plots.ratio_bars([folder / "speedup.svg"], plots.WIDE, bars, f"{rec['data']['name']}, batch {batch}, "
                            f"{stages[0].rounds} paired rounds, {rec['environment'].get('cpu')}")  # fmt: skip
     named = {"rows" if s.at is None else f"rows_{s.at}": [COLUMNS, [cells(f) for f in s.figures]] for s in stages}
     columns = ["step", *ratios.COLUMNS]
@@ -93,7 +89,7 @@ def _point(stage: Stage) -> str:
 
 def circumstances(first: Row, stages: Sequence[Stage], rec: dict[str, Any]) -> list[tuple[str, str]]:
     env, job = rec["environment"], first.job
-    rounds = " + ".join(f"{s.rounds} rounds of {steps(s.steps)}" for s in stages) or "no round"
+    rounds = " + ".join(f"{s.rounds} rounds of {count(s.steps, 'step')}" for s in stages) or "no round"
     ended = " · INTERRUPTED" if any(s.interrupted for s in stages) else ""
     names = [f.label for f in stages[0].figures] if stages else []
     what = f"{job.table.name}: {job.table.title}" if job.table else " · ".join(names)

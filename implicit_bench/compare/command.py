@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ def _print(rows: Sequence[Row], pairs: Sequence[Pair], rec: Mapping[str, Any], l
     env, base = rec["environment"], rows[0]
     others = " · ".join(each.label for each in rows[1:])
     say("compare", f"{others} against {base.label}: {_dataset(base.first.record)}, trained alike and alone, by seed")
-    threads = f"{env['threads']} thread{'s' * (env['threads'] != 1)}"
+    threads = terminal.count(env["threads"], "thread")
     where = [str(env["gpu"] or env["cpu"]), threads, f"torch {env['torch']}", f"allocator {env['allocator']}"]
     say("machine", " · ".join([*where, f"batch {base.first.record['config']['recipe']['batch']}"]))
     for pair in pairs:
@@ -162,7 +161,7 @@ def _keep(rec: dict[str, Any], lines: Sequence[ratios.Line], table: tuple[list[s
             say("kept", f"{folder}/   which says the same")
             return
         rec["attempt"] = record.next_attempt(folder, FILES)
-        rec["status"], rec["finished_at"] = "done", datetime.now().astimezone().isoformat(timespec="milliseconds")
+        rec["status"], rec["finished_at"] = "done", record.now()
         record.write_record(folder, rec)
         cells = [ratios.cells(each) for each in lines]
         said = f'{tables.markdown(*table)}\n{tables.markdown(ratios.COLUMNS, cells)}\n- "{_headline(rec, lines)}"\n'
@@ -171,7 +170,8 @@ def _keep(rec: dict[str, Any], lines: Sequence[ratios.Line], table: tuple[list[s
                  each.value if each.low is None else each.low, each.value if each.high is None else each.high)
                 for each in lines if each.value is not None]  # fmt: skip
         title = f"{rec['data']['name']}, {rec['environment'].get('cpu')}"
-        plots.speedup_bars(folder / "speedup.svg", bars, title, "ratio of geometric means by seed, 95 % interval")
+        plots.ratio_bars([folder / "speedup.svg"], plots.WIDE, bars, title,
+                         "ratio of geometric means by seed, 95 % interval")  # fmt: skip
         sink.start(rec, folder)
         replay(sink, rec, folder)
         sink.finish(0)

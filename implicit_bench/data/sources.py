@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
+from ..terminal import count
 from .download import download
 from .files import KNOWN, OFFICIAL, find_layout, lookup, read_checked, verify
 from .readers import CIFAR_BATCHES, DataError, DataMissing
@@ -45,7 +46,7 @@ def fetch(name: str, root: Path | str, report: Report) -> None:
     except DataMissing:
         root.mkdir(parents=True, exist_ok=True)
         paths = _fetch_missing(name, root, report)
-    report(f"{name}: {len(paths)} file{'s' * (len(paths) != 1)} in {paths[0].parent}, every hash as it should be")
+    report(f"{name}: {count(len(paths), 'file')} in {paths[0].parent}, every hash as it should be")
 
 
 def _fetch_missing(name: str, root: Path, report: Report) -> list[Path]:

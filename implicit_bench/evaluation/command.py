@@ -102,7 +102,7 @@ def _measure(model: Classifier, batches: Batches, device: Device, settings: Simp
     passes: list[tuple[str, Forward]] = [("as trained", model)]
     passes += [(f"tolerance {tol:g}", at_tolerance(model, tol)) for tol in settings.tolerances]
     if isinstance(layer.stop, Residual):  # an ODE stopped early is nothing, an untied or fixed depth is itself
-        passes += [(f"{k} step{'s' * (k != 1)}", within(model, k)) for k in settings.steps]
+        passes += [(terminal.count(k, "step"), within(model, k)) for k in settings.steps]
     elif settings.steps:
         progress("note", "eval.steps is for solves that stop at a residual, and is left out here")
     passes += [(f"noise {sd:g}", noisy(model, sd, std)) for sd in settings.noise]

@@ -96,7 +96,7 @@ def within(model: Classifier, steps: int) -> Forward:
     layer = model.layer
     if steps == 0:
         return lambda x: model.within(x, 0)
-    if layer.one_call:
+    if layer.solver.one_call:
         stop: Any = FixedSteps(steps)
     else:
         stop = copy.copy(layer.stop)

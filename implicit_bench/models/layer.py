@@ -115,14 +115,9 @@ class ImplicitLayer(nn.Module):
         unroll = Unroll(through_start=self.adjoint.through_start)
         return self._run(x, Picard(), FixedSteps(depth), unroll, "equilibrium")
 
-    @property
-    def one_call(self) -> bool:
-        """Is a step of the solver one evaluation of the cell, so that a budget of evaluations is one of steps?"""
-        return self.solver.one_call
-
     def within(self, x: Tensor, steps: int) -> LayerOutput:
         """The layer allowed only so many applications of the cell, at least one."""
-        if not self.one_call:
+        if not self.solver.one_call:
             raise ValueError(
                 f"solver={called(self.solver)} does not make one evaluation a step and cannot be held to "
                 f"{steps}; use solver=picard or solver=anderson"
@@ -216,7 +211,7 @@ class ImplicitLayer(nn.Module):
                              "solver=tsit5, or stop=end_time with a long stop.t1 such as 20")  # fmt: skip
         if self.stop.t1 < float("inf") and not self.solver.has_time:
             raise ValueError(f"solver={name} finds roots and has no time; use stop=residual or solver=tsit5")
-        if isinstance(self.stop, FixedSteps) and not self.one_call:
+        if isinstance(self.stop, FixedSteps) and not self.solver.one_call:
             raise ValueError(f"stop=fixed_steps counts applications of the cell, and solver={name} makes several a "
                              "step; use solver=picard or solver=anderson")  # fmt: skip
         if is_ode and self.solver.needs_map:

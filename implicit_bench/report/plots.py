@@ -84,12 +84,6 @@ def _labels(axes: Any, names: Sequence[str], width: float) -> None:
         axes.annotate(name, (0, row - 0.32), xytext=(1, 0), textcoords="offset points", va="bottom", fontsize=6)
 
 
-def speedup_bars(path: Path, bars: Sequence[tuple[str, float, float, float]], title: str,
-                 of: str = "median ratio of paired rounds, 95 % interval") -> None:  # fmt: skip
-    """`ratio_bars` as wide as a page, in one file."""
-    ratio_bars([path], WIDE, bars, title, of)
-
-
 def ratio_bars(paths: Sequence[Path], width: float, bars: Sequence[tuple[str, float, float, float]], title: str,
                of: str = "median ratio of paired rounds, 95 % interval") -> None:  # fmt: skip
     """Horizontal bars of ratios with their intervals: (label, value, low, high) each, alike where there is none."""

@@ -16,7 +16,7 @@ from ..papers import Row as PaperRow
 from ..papers import Table
 from ..record import RecordError
 from ..runs import state
-from ..terminal import number
+from ..terminal import count, number
 
 
 class Timed(NamedTuple):
@@ -190,7 +190,7 @@ def exactly(mean: float, sd: float | None, scale: int = 1) -> str:
 def machine(rec: Mapping[str, Any]) -> str:
     """Where, and how, a record was made: what is never averaged over."""
     env, gpu = rec["environment"], rec["config"].get("gpu") or rec["config"]["rows"][0]["gpu"]
-    words = [env["hardware"], f"{env['threads']} thread{'s' * (env['threads'] != 1)}" if not env["gpu"] else "",
+    words = [env["hardware"], count(env["threads"], "thread") if not env["gpu"] else "",
              gpu["dtype"] if gpu["dtype"] != "float32" else "", "compiled" if gpu["compile"] else ""]  # fmt: skip
     return ", ".join(word for word in words if word)
 

@@ -277,7 +277,7 @@ def publish(runs: Any, results: Path) -> None:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{run.name}.metrics.jsonl").write_text(text, encoding="utf-8")
         count += 1
-    say("publish", f"{count} record{'s' * (count != 1)} copied to {results}/; those that were there stay")
+    say("publish", f"{terminal.count(count, 'record')} copied to {results}/; those that were there stay")
 
 
 def send(rec: dict[str, Any], name: str, page: str = "") -> None:

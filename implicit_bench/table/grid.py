@@ -12,6 +12,7 @@ from typing import Any
 from ..compare.rows import Run
 from ..papers import Table
 from ..report import tables
+from ..terminal import count
 from . import cells, verdicts
 
 SUFFIXES = {"text": "txt", "md": "md", "csv": "csv", "tex": "tex", "json": "json"}
@@ -77,8 +78,7 @@ def of_cells(table: Table, wanted: Mapping[str, Mapping[int, str]], everything: 
         s for s in seeds if not any(s in line.runs for line in lines if line.label == label)])}  # fmt: skip
     notes = _notes(table, lines, bench.values(), protocol, several, theirs)
     if missing:
-        count = sum(map(len, missing.values()))
-        notes.append(f"not done: {count} training{'s' * (count != 1)}; {fill} runs them")
+        notes.append(f"not done: {count(sum(map(len, missing.values())), 'training')}; {fill} runs them")
     return Grid(table.title, heads, rows, plain_heads, plain, notes, used, lines=lines)
 
 

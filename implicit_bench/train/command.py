@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -181,7 +180,7 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: P
     rec["environment"]["alone"] = alone.read()
     rec["memory"]["peak_mib"] = machine.peak_memory_mib(device.torch)
     rec["timing"]["total_s"] = earlier_s + time.perf_counter() - began
-    rec["finished_at"] = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    rec["finished_at"] = record.now()
     record.write_record(own, rec)
     sink.summary(record.scalars(rec))
     sink.finish(code)

@@ -38,7 +38,7 @@ def budgets(model: Classifier) -> tuple[int, ...]:
     layer = model.layer
     if layer.field != "equilibrium" or isinstance(layer.stop, FixedSteps):
         return ()
-    return (0, 1, 2, 4) if layer.one_call else (0,)
+    return (0, 1, 2, 4) if layer.solver.one_call else (0,)
 
 
 @torch.no_grad()
