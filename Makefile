@@ -31,8 +31,8 @@ faithfulness: setup   ## the measured tables of docs/faithfulness.md, about fort
 results: setup    ## every committed table and figure anew from the records in results/; fails where one differs
 	@$(PY) scripts/results.py $(RESULTS)
 
-reproduce: setup  ## what a paper's table lacks is trained, then shown: make reproduce TABLE=cdeq_mnist [WORDS="time=1h"]
-	@$(VENV)/bin/implicit-bench table table=$(or $(TABLE),$(error say which, such as TABLE=cdeq_mnist)) run_missing=true $(WORDS)
+reproduce: setup  ## a paper's table trained anew, here, then shown: make reproduce TABLE=cdeq_mnist [WORDS="time=1h"]
+	@$(VENV)/bin/implicit-bench table table=$(or $(TABLE),$(error say which, such as TABLE=cdeq_mnist)) records=runs run_missing=true $(WORDS)
 
 docs: setup       ## the pages as a site, in site/
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "wrote   site/index.html"

@@ -134,10 +134,15 @@ def save(config: dict[str, Any], path: Path) -> None:
 
 
 def alone(path: Path, resolve: bool = True) -> dict[str, Any]:
-    """What one file says with nothing composed around it."""
+    """What one file says with nothing composed around it. Raises UsageError."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    return dict(OmegaConf.to_container(OmegaConf.load(path), resolve=resolve))  # type: ignore[arg-type]
+    try:
+        return dict(OmegaConf.to_container(OmegaConf.load(path), resolve=resolve))  # type: ignore[arg-type]
+    except (YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is no YAML of keys and values: {' '.join(str(error).split())}") from None
 
 
 def _compose(command: str, overrides: Sequence[str]) -> Composed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from .schema import UsageError, files, nearest
@@ -12,7 +13,9 @@ from .schema import UsageError, files, nearest
 KEYS = ("title", "source", "inherits", "words", "on_cpu", "claims", "rows", "kind", "seeds", "columns", "target",
         "lines")  # fmt: skip
 ROW_KEYS = ("words", "published", "more")
-KINDS = ("cells", "claims", "bars", "board")  # what `table` makes of it; bench takes the first alone
+LINES = {"cells": (), "claims": ("id", "says"), "bars": ("of", "row", "measure", "ratio", "table", "bar"),
+         "board": ("model",)}  # fmt: skip
+KINDS = tuple(LINES)  # what `table` makes of it; bench takes the first alone
 SEEDS = {"sound": [0, 1, 2], "faithful": [0]}
 
 
@@ -45,7 +48,7 @@ class Table:
     rows: dict[str, Row]
     kind: str = "cells"
     seeds: dict[str, list[int]] = field(default_factory=lambda: SEEDS)  # by protocol
-    columns: list[str] = field(default_factory=list)  # of table.COLUMNS
+    columns: list[str] = field(default_factory=lambda: ["params", "test_acc", "nfe", "train_min"])  # of table.COLUMNS
     target: float | None = None  # the accuracy, a share, of the column target_s
     lines: list[dict[str, Any]] = field(default_factory=list)  # of the kinds that have no cells
 
@@ -131,25 +134,17 @@ def _key(word: str) -> str:
 
 
 @cache
-def table(name: str, search: tuple[str, ...] = ()) -> Table:
-    """Read configs/table/NAME.yaml, or a file of --config-dir. Raises UsageError."""
-    from .config import alone
-
+def table(name: str, search: tuple[str, ...] = (), above: tuple[str, ...] = ()) -> Table:
+    """Read configs/table/NAME.yaml, or a file of --config-dir; `above` are those that inherit it. Raises UsageError."""
     found = files("table", search)
     if name not in found:
         raise UsageError(f"no table {name!r}{nearest(name, list(found))}")
-    said = alone(found[name])
-    for key in said:
-        if key not in KEYS:
-            raise UsageError(f"{found[name]}: no key {key!r}{nearest(key, KEYS)}")
+    if name in above:
+        raise UsageError(f"{found[name]}: inherits: goes round in a circle, {' → '.join([*above, name])}")
+    said = _read(found[name])
     rows: dict[str, Any] = said.get("rows") or {}
-    for label, row in rows.items():
-        for key in row if isinstance(row, dict) else [str(row)]:
-            if key not in ROW_KEYS:
-                raise UsageError(f"{found[name]}: row {label} has no key {key!r}{nearest(key, ROW_KEYS)}")
-    if (kind := said.get("kind", "cells")) not in KINDS:
-        raise UsageError(f"{found[name]}: no kind {kind!r}{nearest(kind, KINDS)}")
-    base = table(said["inherits"], search) if said.get("inherits") else Table(name, name, "", [], [], [], {})
+    inherited = said.get("inherits")
+    base = table(inherited, search, (*above, name)) if inherited else Table(name, name, "", [], [], [], {})
     other = {"of": name} if {"words", "on_cpu"} & said.keys() else {}
     merged = {label: {**vars(row), **other} for label, row in base.rows.items()}
     for label, row in rows.items():
@@ -157,4 +152,42 @@ def table(name: str, search: tuple[str, ...] = ()) -> Table:
         merged[label] = {**before, **row, "of": before["of"] if before and "words" not in row else name}
     own = {key: value for key, value in said.items() if key not in ("inherits", "rows")}
     return replace(base, name=name, rows={label: Row(**row) for label, row in merged.items()},
-                   **{"title": name, **({"title": base.title} if said.get("inherits") else {}), **own})  # fmt: skip
+                   **{"title": base.title if inherited else name, **own})  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A table's file, if it says nothing that a table has no use for. Raises UsageError."""
+    from .config import alone
+
+    def wrong(text: str) -> UsageError:
+        return UsageError(f"{path}: {text}")
+
+    said = alone(path)
+    for key in said:
+        if key not in KEYS:
+            raise wrong(f"no key {key!r}{nearest(str(key), KEYS)}")
+    if (kind := said.get("kind", "cells")) not in KINDS:
+        raise wrong(f"no kind {kind!r}{nearest(kind, KINDS)}")
+    rows = said.get("rows") or {}
+    for label, row in rows.items() if isinstance(rows, dict) else [(rows, {})]:
+        for key in row if isinstance(row, dict) else [str(row)]:
+            if key not in ROW_KEYS:
+                raise wrong(f"row {label} has no key {key!r}{nearest(key, ROW_KEYS)}")
+        for column, cell in (row.get("published") or {}).items():
+            numbers = cell if isinstance(cell, list) and len(cell) == 2 else [cell]
+            if not all(isinstance(number, (int, float)) for number in numbers):
+                raise wrong(f"row {label}, published {column}={cell!r} is neither a number nor [mean, sd]")
+    lists = [(key, said.get(key)) for key in ("words", "on_cpu", "columns", "claims", "lines")]
+    for key, value in [*lists, *((f"row {label}, words", row.get("words")) for label, row in rows.items())]:
+        if value is not None and not isinstance(value, list):
+            raise wrong(f"{key}: {value!r} is no list; write [{value}]")
+        if seed := [word for word in value or () if str(word).startswith("seed=")]:
+            raise wrong(f"{key} has {seed[0]}, but a table's seeds are its seeds:, such as {{sound: [0, 1]}}")
+    seeds = said.get("seeds", {})
+    each = [*seeds.values()] if isinstance(seeds, dict) else [None]
+    if not all(isinstance(some, list) and some and all(isinstance(n, int) for n in some) for some in each):
+        raise wrong(f"seeds: {seeds!r} is not a list of whole numbers by protocol; write {{sound: [0, 1]}}")
+    for line in said.get("lines") or ():
+        if lacks := [key for key in LINES[kind] if key not in line]:
+            raise wrong(f"a line lacks {', '.join(lacks)}: {line}")
+    return said

@@ -76,7 +76,11 @@ def test_a_table_of_ones_own_inherits_and_adds_a_row(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [("row: {}\n", "no key 'row'; nearest: rows"), ("rows:\n  a: {word: [model=deq]}\n", "row a has no key 'word'"),
-     ("rows:\n  a: model=deq\n", "row a has no key 'model=deq'")],
+     ("rows:\n  a: model=deq\n", "row a has no key 'model=deq'"), ("inherits: mine\n", "in a circle, mine → mine"),
+     ("a: [\n", "is no YAML of keys and values"), ("seeds: [0, 1]\n", "write {sound: [0, 1]}"),
+     ("rows:\n  a: {published: {test_acc: high}}\n", "test_acc='high' is neither a number nor [mean, sd]"),
+     ("words: model=deq\n", "words: 'model=deq' is no list"), ("words: [seed=3]\n", "words has seed=3, but"),
+     ("kind: bars\nlines: [{of: cdeq_mnist, row: cdeq}]\n", "a line lacks measure, ratio, table, bar")],
 )  # fmt: skip
 def test_a_table_that_says_something_else_is_refused(tmp_path, text, sentence):
     (tmp_path / "table").mkdir()

@@ -54,15 +54,16 @@ def asked(capsys, *words, table="mine"):
 
 
 def bench(top, ratios, *, table="mine", protocol="sound", status="done", name="bench", hardware="box", rows=(),
-          started="2026-01-01T00:00:00+00:00"):  # fmt: skip
-    """The record of a bench with these ratios: (id, numerator, denominator, measure, value, low, high, more)."""
+          started="2026-01-01T00:00:00+00:00", settings=None, **environment):  # fmt: skip
+    """The record of a bench with these ratios: (id, numerator, denominator, measure, value, low, high, more); what its
+    rows were, beside the batch, is in `settings`."""
     keys = ("id", "numerator", "denominator", "measure", "value", "low", "high")
     told = [{"n": 60, "verdict": "faster", "caveats": [], "paper": "", "explained": None, **dict(zip(keys, r[:7])),
              **(r[7] if len(r) > 7 else {})} for r in ratios]  # fmt: skip
     gpu = {"dtype": "float32", "compile": False}
-    cfg = {"table": table, "rows": [{"gpu": gpu, "recipe": {"batch": 32}}], "name": name}
+    cfg = {"table": table, "rows": [{"gpu": gpu, "recipe": {"batch": 32}, **(settings or {})}], "name": name}
     rec = record.new_record("bench", cfg, status=status, protocol=protocol,
-                            environment={**ENVIRONMENT, "hardware": hardware})  # fmt: skip
+                            environment={**ENVIRONMENT, "hardware": hardware, **environment})  # fmt: skip
     rec |= {"ratios": told, "rows": list(rows), "rounds": 60, "started_at": started}
     record.write_record(top / "runs" / f"{name}-{rec['run_id']}", rec)
     return rec["run_id"]
@@ -216,8 +217,14 @@ def test_formats_hold_the_same_cells_and_the_same_records_give_the_same_bytes(he
      (["table=mine", "rows=dq"], "table=mine has no row 'dq'; nearest: deq"),
      (["table=mine", "run_missing=yes"], "run_missing='yes' is not possible"),
      (["table=mine", "records=nowhere"], "no folder nowhere to read records from"),
-     (["table=mine", "time=5"], "time='5' is not a time; write 20s, 5m or 1h"),
-     (["table=mine", "modle=deq"], "no key 'modle'"),
+     (["table=mine", "run_missing=true", "time=5"], "time='5' is not a time; write 20s, 5m or 1h"),
+     (["table=mine", "modle=deq"], "no key 'modle'"), (["table=mine", "record=results"], "nearest: records"),
+     (["table=mine", "time=5m"], "time=5m is about what run_missing=true would do"),
+     (["table=mine", "plan=true"], "plan=true is about what run_missing=true would do"),
+     (["table=mine", "records="], "records= names no folder"), (["tabel=mine"], "no key 'tabel'; nearest: table"),
+     (["foo=bar"], "table=claims has no use for 'foo=bar'"), (["protocol=sond"], "no use for 'protocol=sond'"),
+     (["table=claims", "rows=deq"], "table=claims has no use for 'rows=deq'"),
+     (["table=cdeq_fig1", "protocol=sond"], "no protocol 'sond'; nearest: sound"),
      (["table=claims", "run_missing=true"], "table=claims is made of other tables' records"),
      (["table=mine", "--cfg", "job"], "table takes no flag but --config-dir")],
 )  # fmt: skip
@@ -238,7 +245,12 @@ def test_the_table_of_the_page_is_one(here, capsys):
     assert {row["of"] for row in rows} == {"2"}
 
 
-@pytest.mark.parametrize("spoil", [lambda rec: rec.pop("metrics"), lambda rec: rec.update(schema_version=99)])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda rec: rec.pop("metrics"), lambda rec: rec.update(schema_version=99), lambda rec: rec.update(config=None),
+     lambda rec: rec["environment"].pop("threads"), lambda rec: rec["config"]["gpu"].pop("dtype"),
+     lambda rec: rec["metrics"].update(test_acc="high")],
+)  # fmt: skip
 def test_a_record_that_lacks_keys_or_is_newer_is_a_sentence(here, capsys, spoil):
     path = put(here, "deq", 0) / "record.json"
     rec = json.loads(path.read_text())
@@ -247,6 +259,26 @@ def test_a_record_that_lacks_keys_or_is_newer_is_a_sentence(here, capsys, spoil)
     assert main(["table", "table=mine", "--config-dir=own", "out=tables"]) == 2
     assert str(path) in capsys.readouterr().err.replace("runs/", f"{here}/runs/", 1)
     assert not (here / "tables").exists()
+
+
+@pytest.mark.parametrize(("lack", "where"), [("label", "rows"), ("caveats", "ratios"), ("n", "ratios")])
+def test_a_bench_that_lacks_keys_is_a_sentence(here, capsys, lack, where):
+    bench(here, [("R1", "neural_ode", "cdeq", "train", 2.5, 2.4, 2.6)], rows=[timed("deq", 5.0)])
+    (path,) = here.glob("runs/*/record.json")
+    rec = json.loads(path.read_text())
+    del rec[where][0][lack]
+    path.write_text(json.dumps(rec))
+    for command in (["table"], ["table", "table=mine", "--config-dir=own"], ["report"]):
+        assert main([*command, "out=made"]) == 2
+        assert f"has no {lack} in its {where}, which a table reads" in capsys.readouterr().err
+    assert not (here / "made").exists()
+
+
+def test_what_would_be_run_is_told_and_nothing_is(here, capsys):
+    put(here, "deq", 0)
+    assert main(["table", "table=mine", "--config-dir=own", "run_missing=true", "plan=true", "recipe.max_steps=3"]) == 0
+    assert "4 jobs, 0 done, 4 to do" in " ".join(capsys.readouterr().out.split())
+    assert len([*here.glob("runs/*")]) == 1
 
 
 def test_what_is_missing_is_run_once_and_shown(here, capsys, monkeypatch):
@@ -286,6 +318,60 @@ def test_a_later_bench_of_some_rows_hides_nothing_of_an_earlier_one(here, capsys
     _, (deq, cdeq) = asked(capsys, "columns=train_s,memory_mib")
     assert [float(row["train_s"]) for row in (deq, cdeq)] == pytest.approx([0.009, 0.005])
     assert [float(row["memory_mib"]) for row in (deq, cdeq)] == [3.5, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "shown"),
+    [({}, [], True), ({"dataset": {"name": "digits"}}, [], True), ({"dataset": {"name": "mnist"}}, [], False),
+     ({"dataset": {"name": "digits"}}, ["dataset=mnist"], False), ({"solver": {"window": 3}}, [], False),
+     ({}, ["recipe.batch=32"], True), ({}, ["recipe.batch=64"], False), ({}, ["recipe.lr=1e-2"], True)],
+)  # fmt: skip
+def test_times_are_of_the_settings_that_the_row_has(here, capsys, settings, words, shown):
+    bench(here, [], rows=[timed("deq", 5.0)], settings=settings)
+    _, (deq, _) = asked(capsys, "columns=train_s", *words)
+    assert bool(deq["train_s"]) is shown
+
+
+def test_times_of_another_number_of_threads_are_a_line_of_their_own(here, capsys):
+    put(here, "deq", 0, environment={"alone": False})
+    bench(here, [], rows=[timed("deq", 5.0)], threads=2)
+    _, rows = asked(capsys, "rows=deq", "columns=train_min,train_s")
+    assert [(row["machine"], row["train_min"], bool(row["train_s"])) for row in rows] == [
+        ("box, 1 thread", "", False), ("box, 2 threads", "", True)]  # fmt: skip
+    main(["table", "table=mine", "--config-dir=own", "rows=deq", "columns=test_acc,train_s"])
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["deq", "1/2", "90.00", "97.0", "±", "0.2", "not", "timed", "a"] in said
+    assert ["deq", "0.00500", "b"] in said  # nothing is missing of it there
+    _, rows = asked(capsys, "rows=deq", "columns=test_acc")
+    assert len(rows) == 1
+
+
+def test_what_was_worked_out_or_disturbed_or_did_not_converge_is_marked(here, capsys):
+    for seed in (0, 1):
+        put(here, "deq", seed, environment={"alone": False})
+    row = timed("deq", 60_000.0)
+    row["solve"] |= {"converged_fraction": 0.2, "residual": 0.31}
+    id = bench(here, [], rows=[row], alone=False)
+    main(["table", "table=mine", "--config-dir=own", "rows=deq", "columns=train_min,train_s"])
+    out = capsys.readouterr().out
+    assert re.search(r"deq \*\s+2/2\s+~[\d.]+\s+60.0", out)
+    assert "~: trainings were not alone" in out
+    assert f"times of a step of 32 images: {id}, 60 rounds, not alone on its machine" in out
+    assert "*: most of its solves did not converge; residual: deq 0.31" in out
+    _, (deq,) = asked(capsys, "rows=deq", "columns=train_min,train_s")
+    assert (deq["train_min_n"], deq["train_min_sd"], deq["timed_converged"]) == ("1", "", "0.2")
+
+
+def test_on_a_narrow_terminal_a_column_goes_with_the_papers(here, capsys, monkeypatch):
+    put(here, "deq", 0)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for width, left in ((200, 2), (45, 1)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        main(["table", "table=mine", "--config-dir=own"])
+        head = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(" model"))
+        assert head.count("paper") == left
+        assert "test acc %" in head
+        assert len(head) <= width
 
 
 def test_published_records_fill_the_table_without_the_runs(here, capsys):

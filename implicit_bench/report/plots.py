@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-STYLE: Any = {"svg.hashsalt": "implicit-bench", "font.size": 9}
+# PDFs with whole fonts (42): many a venue refuses Type 3
+STYLE: Any = {"svg.hashsalt": "implicit-bench", "font.size": 9, "pdf.fonttype": 42, "legend.frameon": False,
+              "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
 
 
 @contextmanager
@@ -41,22 +45,31 @@ def at_widths(plot: Callable[[Sequence[Path], float], None], stem: Path) -> Path
 
 def lines(paths: Sequence[Path], width: float, series: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
           x: str, y: str, title: str, log: bool = False, level: float | None = None) -> None:  # fmt: skip
-    """Curves (xs, ys) by label, all of a label in one colour; `level` as a dotted line."""
-    with _drawn(*paths, size=(width, 0.55 * width)) as figure:
+    """Curves (xs, ys) by label, all of a label in one colour, and where they have as many points their mean before
+    them; `level` as a dotted line."""
+    series = {label: curves for label, curves in series.items() if curves}
+    beside, size = (3, 7) if width >= WIDE else (2, 6)
+    with _drawn(*paths, size=(width, 0.55 * width + 0.17 * math.ceil(len(series) / beside))) as figure:
         axes = figure.subplots()
         for k, (label, curves) in enumerate(series.items()):
+            style = {"color": INK[k % len(INK)], "linestyle": ("-", "--")[k // len(INK) % 2],
+                     "marker": "o" if max(len(xs) for xs, _ in curves) == 1 else "", "markersize": 4}  # fmt: skip
+            whole = len({len(xs) for xs, _ in curves}) == 1 < len(curves)
             for i, (xs, ys) in enumerate(curves):
-                axes.plot(xs, ys, color=INK[k % len(INK)], linewidth=1.2, linestyle=("-", "--")[k // len(INK) % 2],
-                          label=label if i == 0 else None)  # fmt: skip
+                shown = [y if y > 0 else math.nan for y in ys] if log else ys
+                axes.plot(xs, shown, linewidth=0.5 if whole else 1.2, alpha=0.4 if whole else 1,
+                          label=label if i == 0 and not whole else None, **style)  # fmt: skip
+            if whole:
+                xs, ys = ([fmean(at) for at in zip(*each)] for each in zip(*curves))
+                axes.plot(xs, [y if y > 0 or not log else math.nan for y in ys], linewidth=1.4, label=label, **style)
         if log:
             axes.set_yscale("log")
         if level is not None:
             axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set_ylabel(textwrap.fill(y, int(6 * width)))
         figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9)
-        axes.legend(frameon=False, fontsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=beside, fontsize=size, columnspacing=1)
 
 
 def amounts(paths: Sequence[Path], width: float, bars: Mapping[str, float], of: str, title: str) -> None:
@@ -68,9 +81,8 @@ def amounts(paths: Sequence[Path], width: float, bars: Mapping[str, float], of: 
             axes.annotate(f"{value:,.4g}", (value, row), xytext=(4, 0), textcoords="offset points", va="center")
         _labels(axes, [*bars], width)
         axes.set_xlim(0, max(bars.values()) * 1.2)
-        axes.set_xlabel(of)
+        axes.set_xlabel(textwrap.fill(of, int(14 * width)))
         figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
 
 
 def _labels(axes: Any, names: Sequence[str], width: float) -> None:
@@ -81,27 +93,35 @@ def _labels(axes: Any, names: Sequence[str], width: float) -> None:
         return
     axes.set_yticks([])
     for row, name in enumerate(names):
-        axes.annotate(name, (0, row - 0.32), xytext=(1, 0), textcoords="offset points", va="bottom", fontsize=6)
+        axes.annotate(name, (0, row - 0.34), xycoords=("axes fraction", "data"), xytext=(1, 0),
+                      textcoords="offset points", va="bottom", fontsize=6,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.2})  # fmt: skip
 
 
 def ratio_bars(paths: Sequence[Path], width: float, bars: Sequence[tuple[str, float, float, float]], title: str,
                of: str = "median ratio of paired rounds, 95 % interval") -> None:  # fmt: skip
-    """Horizontal bars of ratios with their intervals: (label, value, low, high) each, alike where there is none."""
+    """Horizontal bars of ratios, from 1 and by factors, with their intervals: (label, value, low, high) each, alike
+    where there is none."""
     with _drawn(*paths, size=(width, 0.9 + 0.42 * len(bars))) as figure:
         axes = figure.subplots()
         rows = range(len(bars))
         values = [b[1] for b in bars]
         errors = [[b[1] - b[2] for b in bars], [b[3] - b[1] for b in bars]]
         colours = ["#4c72b0" if 1 < b[2] < b[3] else "#c44e52" if b[2] < b[3] < 1 else "#999999" for b in bars]
-        axes.barh(rows, values, xerr=errors, color=colours, height=0.6, error_kw={"elinewidth": 1, "capsize": 2})
+        axes.set_xscale("log")
+        axes.barh(rows, [value - 1 for value in values], left=1, xerr=errors, color=colours, height=0.6,
+                  error_kw={"elinewidth": 1, "capsize": 2})  # fmt: skip
         axes.axvline(1, color="black", linewidth=0.8)
         for row, (_, value, _, high) in zip(rows, bars):
-            axes.annotate(f"{value:.2f}×", (high, row), xytext=(4, 0), textcoords="offset points", va="center")
+            axes.annotate(f"{value:.2f}×", (max(high, 1), row), xytext=(4, 0), textcoords="offset points", va="center")
         _labels(axes, [b[0] for b in bars], width)
-        axes.set_xlim(0, max(b[3] for b in bars) * 1.15)
+        least, most = min(1.0, *(b[2] for b in bars)), max(1.0, *(b[3] for b in bars))
+        axes.set_xlim(least / 1.15, most * (most / least) ** (0.2 if width >= WIDE else 0.35) * 1.2)
+        ticks = [n * 10.0**k for k in range(-3, 4) for n in (1, 2, 5) if least / 1.15 <= n * 10.0**k <= most * 1.15]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel(textwrap.fill(of, int(14 * width)))
         figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
 
 
 def residuals(path: Path, traces: Mapping[str, Any], tol: float | None, title: str) -> list[Path]:
@@ -123,8 +143,7 @@ def residuals(path: Path, traces: Mapping[str, Any], tol: float | None, title: s
         if tol is not None:
             axes.axhline(tol, color="black", linewidth=0.8, linestyle=":", label="stop.tol")
         axes.set_title(f"{title}: median, 10 to 90 % of images", fontsize=9)
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend()
     return _both(path)
 
 

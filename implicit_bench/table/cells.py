@@ -9,14 +9,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import record
+from .. import config, record
 from ..compare.figures import Trained, Unknown
 from ..compare.rows import Run
 from ..papers import Row as PaperRow
 from ..papers import Table
-from ..record import RecordError
+from ..record import CONVERGED_ENOUGH, RecordError
 from ..runs import state
 from ..terminal import count, number
+
+Jobs = Mapping[str, Mapping[int, config.Composed]]  # a table's trainings, by row and seed
 
 
 class Timed(NamedTuple):
@@ -25,6 +27,13 @@ class Timed(NamedTuple):
     row: dict[str, Any]
     batch: int
     rec: dict[str, Any]
+    ends_at_residual: bool
+
+    @property
+    def shy(self) -> bool:
+        """Were its solves, most of them, ended by the cap?"""
+        share = _found(self.row, ("solve", "converged_fraction"))
+        return self.ends_at_residual and share is not None and share < CONVERGED_ENOUGH
 
 
 @dataclass
@@ -39,10 +48,11 @@ class Line:
     timed: Timed | None = None
     wanted: tuple[int, ...] = ()  # seeds
     target: float | None = None
+    elsewhere: bool = False  # trained on another machine, and not on this one
 
     @property
     def n(self) -> str:
-        return f"{len(self.runs)}/{len(self.wanted)}"
+        return "" if self.elsewhere else f"{len(self.runs)}/{len(self.wanted)}"
 
 
 def _found(value: Any, path: Sequence[str]) -> Any:
@@ -77,29 +87,31 @@ def _params(line: Line) -> list[float]:
     return found[:1]
 
 
-def seconds(line: Line) -> list[list[float]]:
+def seconds(line: Line) -> tuple[list[list[float]], bool]:
     """Training time of each seed at the end of each epoch: as it was where all of them were alone on their machine, and
-    each epoch was timed whole, else their steps by a step of the bench, if that has their batch. Raises Unknown."""
+    each epoch was timed whole; else (True) their steps by a step of the bench, if that has their batch. Raises
+    Unknown."""
     trained, why = [Trained(run) for run in line.runs.values()], "not alone"
     if all(run.record["environment"]["alone"] for run in line.runs.values()):
         try:
-            return [t.seconds for t in trained]
+            return [t.seconds for t in trained], False
         except Unknown as lacking:
             why = str(lacking)
     batch = {run.record["config"]["recipe"]["batch"] for run in line.runs.values()}
     if line.timed is None or batch != {line.timed.batch}:
         raise Unknown(why)
     step = line.timed.row["timing"]["train_ms"]["median"] / 1e3
-    return [[row["step"] * step for row in t.epochs] for t in trained]
+    return [[row["step"] * step for row in t.epochs] for t in trained], True
 
 
 def _train_min(line: Line) -> list[float]:
-    return [spent[-1] / 60 for spent in seconds(line)]
+    spent, derived = seconds(line)
+    return [each[-1] / 60 for each in spent][: 1 if derived else None]  # alike, then, for every seed
 
 
 def _target_s(line: Line) -> list[float]:
     found, goal = [], line.target
-    for run, spent in zip(line.runs.values(), seconds(line)):
+    for run, spent in zip(line.runs.values(), seconds(line)[0]):
         smoothed = Trained(run).smoothed
         found += [next((s for s, acc in zip(spent, smoothed) if goal is not None and acc >= goal), None)]
     there = [s for s in found if s is not None]
@@ -114,6 +126,7 @@ class Column(NamedTuple):
     of: Callable[[Line], list[float]]
     scale: int = 1  # of what is published
     timed: bool = False  # of a bench, not of trainings
+    clock: bool = False  # of a training's time
 
 
 COLUMNS = {
@@ -123,8 +136,8 @@ COLUMNS = {
     "test_acc_best": Column("best test acc %", 2, _metric("metrics", "test_acc_best_paper_style", scale=100), 100),
     "val_acc": Column("val acc %", 2, _metric("metrics", "val_acc", scale=100), 100),
     "nfe": Column("test nfe", None, _metric("solve", "test", "nfe_sample")),
-    "train_min": Column("train min", None, _train_min),
-    "target_s": Column("s to target", None, _target_s),
+    "train_min": Column("train min", None, _train_min, clock=True),
+    "target_s": Column("s to target", None, _target_s, clock=True),
     "train_s": Column("train s", None, _bench("timing", "train_ms", "median", scale=1e-3), timed=True),
     "backward_s": Column("backward s", None, _bench("timing", "backward_ms", "median", scale=1e-3), timed=True),
     "predict_s": Column("predict s", None, _bench("timing", "predict_ms", "median", scale=1e-3), timed=True),
@@ -139,6 +152,7 @@ class Cell:
     values: list[float]
     said: str = ""  # where there are none: why
     digits: int | None = None
+    mark: str = ""
 
     @property
     def mean(self) -> float | None:
@@ -151,24 +165,28 @@ class Cell:
     def __str__(self) -> str:
         if self.mean is None:
             return self.said
-        return spelled(self.mean, self.sd, self.digits)
+        return self.mark + spelled(self.mean, self.sd, self.digits)
 
 
 def spelled(mean: float, sd: float | None, digits: int | None) -> str:
-    if digits is None:
-        return number(mean) if not sd else f"{number(mean)} ± {number(sd, 2)}"
+    if digits is None:  # three significant of the mean, and as many decimals of its sd
+        said = f"{mean:#.3g}".rstrip(".") if 1e-5 < abs(mean) < 1000 else number(mean)
+        return said if sd is None else f"{said} ± {sd:.{len(said.partition('.')[2])}f}"
     return f"{mean:,.{digits}f}" + ("" if sd is None else f" ± {sd:,.{digits}f}")
 
 
 def cell(line: Line, name: str) -> Cell:
     column = COLUMNS[name]
     if not column.timed and not line.runs and not (name == "params" and line.timed):
-        return Cell([], "failed" if line.failed else "not run")
+        return Cell([], "failed" if line.failed else "" if line.elsewhere else "not run")
     try:
+        derived = column.clock and seconds(line)[1]
         values = column.of(line)
     except Unknown as why:
         return Cell([], str(why))
-    return Cell(values, ("not timed" if column.timed else "–") if not values else "", column.digits)
+    if not values:
+        return Cell([], "–" if not column.timed or (line.timed and name == "memory_mib") else "not timed")
+    return Cell(values, "", column.digits, "~" if derived else "")
 
 
 def published(line: Line, name: str) -> str:
@@ -207,6 +225,10 @@ def read(dirs: Sequence[Path]) -> list[Run]:
             if path.name.startswith("attempt-"):
                 continue
             rec = {**record.read_record(path), "folder": path.parent}
+            if lack := _lack(rec):
+                if rec["status"] == "done":
+                    raise RecordError(f"{path} has no {lack}, which a table reads; take it away, or copy it anew")
+                continue  # it ended before it knew
             name = record.name_of(path.parent if path.name == "record.json" else path)
             key = rec["run_id"], rec["environment"]["hardware"] or ""
             if key not in found or (rec["status"] == "done" and found[key].state != "done"):
@@ -214,9 +236,52 @@ def read(dirs: Sequence[Path]) -> list[Run]:
     return list(found.values())
 
 
-def timed(everything: Sequence[Run], table: Table, protocol: str, label: str) -> dict[str, Timed]:
+STEP = ("network", "init", "solver", "stop", "adjoint", "penalty")  # what a step's time hangs on, beside the batch
+
+
+def settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    more = "dataset.name", "recipe.batch"
+    return {key: value for key, value in record.flat(cfg).items() if key.split(".")[0] in STEP or key in more}
+
+
+def _wanted(job: config.Composed) -> dict[str, Any]:
+    """The batch only where it was said: on a CPU benches have one of their own."""
+    said = any(word.startswith("recipe.batch=") for word in job.overrides)
+    return {key: value for key, value in settings(job.config).items() if said or key != "recipe.batch"}
+
+
+READ = {
+    "": ["environment.hardware", "environment.threads", "environment.gpu", "environment.alone"],
+    "train": ["config.gpu.dtype", "config.gpu.compile", "config.model.name", "config.recipe.batch"],
+    "bench": ["config.rows"],
+}
+ROW = ("label", "timing", "solve")
+RATIO = ("id", "numerator", "denominator", "measure", "value", "low", "high", "n", "verdict", "caveats")
+
+
+def _lack(rec: Mapping[str, Any]) -> str | None:
+    """The first thing that is not there, or is of another kind, of what is read here."""
+    for path in READ[""] + READ.get(rec["command"], []):
+        *above, key = path.split(".")
+        if not isinstance(at := _found(rec, above), Mapping) or key not in at:
+            return path
+    if rec["command"] == "train":
+        accuracies = {key: _found(rec, ("metrics", key)) for key in ("test_acc", "val_acc")}
+        return next((f"number in metrics.{key}" for key, value in accuracies.items()
+                     if value is not None and not isinstance(value, (int, float))), None)  # fmt: skip
+    if rec["command"] != "bench":
+        return None
+    if not all(_found(cfg, ("recipe", "batch")) for cfg in rec["config"]["rows"] or [None]):
+        return "config.rows[].recipe.batch"
+    parts = ((name, each, keys) for name, keys in (("rows", ROW), ("ratios", RATIO)) for each in rec.get(name) or ())
+    return next((f"{key} in its {name}" for name, each, keys in parts for key in keys if key not in each), None)
+
+
+def timed(everything: Sequence[Run], table: Table, protocol: str, label: str,
+          wanted: Mapping[str, Any]) -> dict[str, Timed]:  # fmt: skip
     """Of a row on each machine, as benches of the table, or of that which it has the row from, timed it furthest along
-    training, and of such the latest; its memory is another bench's where that one measured none."""
+    training, and of such the latest; its memory is another bench's where that one measured none. Not of benches whose
+    row had other settings than those wanted now, as far as both know them."""
     found: dict[str, Timed] = {}
     names = table.name, table.rows[label].of
     rows = [(row.get("at") or 0, record.started(run.record, run.folder), row, run.record) for run in everything
@@ -224,34 +289,34 @@ def timed(everything: Sequence[Run], table: Table, protocol: str, label: str) ->
             and run.record["protocol"] == protocol for row in run.record.get("rows") or ()
             if row["label"].partition(" ×")[0] == label]  # fmt: skip
     for *_, row, rec in sorted(rows, key=lambda each: each[:2], reverse=True):
-        where, batch = rec["environment"]["hardware"], rec["config"]["rows"][0]["recipe"]["batch"]
-        best = found.setdefault(where, Timed(row, batch, rec))
+        had = [settings(cfg) for cfg in rec["config"]["rows"]]
+        if not any(all(own[key] == wanted[key] for key in own.keys() & wanted.keys()) for own in had):
+            continue
+        where, batch = machine(rec), rec["config"]["rows"][0]["recipe"]["batch"]
+        best = found.setdefault(where, Timed(row, batch, rec, str(wanted.get("stop._target_")).endswith(".Residual")))
         if batch == best.batch and _found(best.row, ("memory", "train_mib")) is None:
             found[where] = best._replace(row={**best.row, "memory": row.get("memory")})
     return found
 
 
-def lines(table: Table, wanted: Mapping[str, Mapping[int, str]], everything: Sequence[Run],
-          protocol: str) -> list[Line]:  # fmt: skip
+def lines(table: Table, jobs: Jobs, everything: Sequence[Run], protocol: str) -> list[Line]:
     """The rows of a table, by the cell_id that each has for each seed; a row on several machines is several lines."""
     by_cell: dict[str, list[Run]] = {}
     for run in everything:
         if run.record["command"] == "train":
             by_cell.setdefault(record.cell_id(run.record["config"]), []).append(run)
     found = []
-    for label, cells in wanted.items():
-        bench = timed(everything, table, protocol, label)
+    for label, seeds in jobs.items():
+        blank = Line(label, table.rows[label], wanted=tuple(seeds), target=table.target)
         here: dict[str, Line] = {}
-        blank = Line(label, table.rows[label], wanted=tuple(cells), target=table.target)
-        for seed, id in cells.items():
-            for run in by_cell.get(id, ()):
+        for seed, job in seeds.items():
+            for run in by_cell.get(record.cell_id(job.config), ()):
                 line = here.setdefault(machine(run.record), replace(blank, runs={}, failed={}))
                 (line.runs if run.state == "done" else line.failed if run.state == "failed" else {})[seed] = run
-        for where, timing in bench.items():
-            on = [line for name, line in here.items() if name.partition(",")[0] == where]
-            for line in on or [here.setdefault(machine(timing.rec), replace(blank, runs={}, failed={}))]:
-                line.timed = timing
+        job = next(iter(seeds.values()))
+        for where, timing in timed(everything, table, protocol, label, _wanted(job)).items():
+            here.setdefault(where, replace(blank, runs={}, failed={})).timed = timing
         for name, line in here.items():
-            line.machine = name
+            line.machine, line.elsewhere = name, not line.runs and any(other.runs for other in here.values())
         found += [line for line in here.values() if line.runs or line.failed or line.timed] or [blank]
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import re
 import shlex
@@ -16,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import config, log, machine, papers, record, terminal
+from ..bench import claims
 from ..bench.command import seconds
 from ..compare.rows import Run
 from ..jsonl import read_jsonl
 from ..lock import RunLocked
 from ..papers import Table
+from ..plan import plan_training
 from ..report import tables
-from ..schema import UsageError, nearest
+from ..schema import UsageError, files, nearest
 from ..sync import replay
 from ..terminal import say
 from ..words import Words, split
@@ -31,6 +34,7 @@ from .grid import SUFFIXES, Grid, of_bars, of_board, of_cells, of_claims
 
 KEYS = {"table": "claims", "records": "runs,results", "columns": "", "rows": "", "seeds": "", "run_missing": "false",
         "time": "", "publish": "false", "out": "", "logger": "none"}  # fmt: skip
+WHICH = ("table", "records", "columns", "rows", "seeds")  # what the command below a table says again
 
 
 def command(args: Sequence[str]) -> int:
@@ -38,10 +42,13 @@ def command(args: Sequence[str]) -> int:
     given, words = keyed(args, KEYS)
     launch = words
     words = words._replace(overrides=[word for word in words.overrides if not word.startswith("hydra")])
-    if words.flags or words.plan or (launch.overrides != words.overrides and not words.multirun):
+    if words.flags or (launch.overrides != words.overrides and not words.multirun):
         raise UsageError("table takes no flag but --config-dir and, with run_missing=true, -m hydra/launcher=NAME")
     if words.multirun and (given["run_missing"] != "true" or given["time"]):
         raise UsageError("-m hands a table's missing runs to a launcher: it wants run_missing=true, and no time=")
+    if given["run_missing"] != "true" and (words.plan or given["time"]):
+        asked = "plan=true" if words.plan else f"time={given['time']}"
+        raise UsageError(f"{asked} is about what run_missing=true would do; say that too")
     for key in ("run_missing", "publish"):
         if given[key] not in ("true", "false"):
             raise UsageError(f"{key}={given[key]!r} is not possible{nearest(given[key], ('true', 'false'))}")
@@ -49,7 +56,10 @@ def command(args: Sequence[str]) -> int:
         raise UsageError(f"logger={given['logger']!r} is not possible{nearest(given['logger'], ('wandb', 'none'))}")
     budget = seconds(given["time"] or None)
     table = papers.table(given["table"], tuple(words.search))
+    _fits(table, words, given)
     dirs = [Path(folder) for folder in listed(given["records"])]
+    if not dirs:
+        raise UsageError("records= names no folder; leave it out for records=runs,results")
     columns = listed(given["columns"]) or table.columns
     for name in columns:
         if name not in cells.COLUMNS:
@@ -60,6 +70,8 @@ def command(args: Sequence[str]) -> int:
         raise UsageError(f"seeds={given['seeds']} is not possible; write whole numbers, such as seeds=0,1")
     seeds = [*map(int, listed(given["seeds"]))]
     jobs = jobs_of(table, listed(given["rows"]), words, seeds) if table.kind == "cells" else {}
+    if words.plan:
+        return plan_training([job for _, _, job in todo(table, jobs, dirs)])
     if given["run_missing"] == "true":
         began = time.monotonic()
         code = run_missing(table, jobs, dirs, budget, launch)
@@ -68,13 +80,15 @@ def command(args: Sequence[str]) -> int:
             code = time_missing(table, jobs, dirs, left, words)
         if code:
             return code
-    which = [f"{key}={given[key]}" for key in ("table", "rows", "seeds") if given[key]]
+    which = [f"{key}={given[key]}" for key in KEYS if given[key] != KEYS[key] and key in WHICH]
     grid = grid_of(table, jobs, cells.read(dirs), columns, words, filling(which, words))
     if not any(row for row in grid.rows):
         raise UsageError(f"table={table.name} has nothing to show")
     if given["out"]:
         write(grid, table.name, Path(given["out"]), jobs)
     show(grid)
+    if given["out"]:
+        say("wrote", f"{given['out']}/   {table.name}.{', .'.join(SUFFIXES.values())}{', .bib' * bool(jobs)}", err=True)
     if given["publish"] == "true":
         publish(grid.used.values(), Path("results"))
     if given["logger"] == "wandb":
@@ -83,14 +97,38 @@ def command(args: Sequence[str]) -> int:
     return 0
 
 
+def _fits(table: Table, words: Words, given: Mapping[str, str]) -> None:
+    """Raises UsageError for what this table has no use for."""
+    if table.kind == "cells":
+        for label, row in table.rows.items():
+            if unknown := next((column for column in row.published if column not in cells.COLUMNS), None):
+                raise UsageError(f"table={table.name}, row {label}: no column {unknown!r} to be published"
+                                 f"{nearest(unknown, [*cells.COLUMNS])}")  # fmt: skip
+        if unknown := next((id for id in table.claims if id not in {claim.id for claim in claims.CLAIMS}), None):
+            raise UsageError(f"table={table.name}: no claim {unknown!r}; there are R1 to R7, R9 and H1 to H5")
+        return
+    takes = ["protocol"] if table.kind in ("bars", "board") else []
+    said = [*(word for word in words.overrides if word.partition("=")[0] not in takes),
+            *(f"{key}={given[key]}" for key in ("rows", "columns", "seeds") if given[key])]  # fmt: skip
+    if said:
+        raise UsageError(f"table={table.name} has no use for {said[0]!r}; it is made of other tables' records")
+    if (protocol := protocol_of(words)) not in (known := files("protocol", tuple(words.search))):
+        raise UsageError(f"no protocol {protocol!r}{nearest(protocol, [*known])}")
+
+
 def keyed(args: Sequence[str], keys: Mapping[str, str]) -> tuple[dict[str, str], Words]:
-    """The values of a command's own keys, with their defaults, and the words that are for Hydra."""
-    own = {key: value for key, equals, value in (a.partition("=") for a in args) if equals and key in keys}
+    """The values of a command's own keys, with their defaults, and the words that are for Hydra. Raises UsageError for
+    a key that is nearly one of its own."""
+    said = [(key, value) for key, equals, value in (a.partition("=") for a in args) if equals]
+    for key, _ in said:
+        if key not in keys and key != "seed" and difflib.get_close_matches(key, keys, 1, 0.8):
+            raise UsageError(f"no key {key!r}{nearest(key, [*keys])}")
+    own = {key: value for key, value in said if key in keys}
     return {**keys, **own}, split([a for a in args if a.partition("=")[0] not in own])
 
 
 def listed(text: str) -> list[str]:
-    return [word for word in text.strip("[]").split(",") if word]
+    return [word.strip() for word in text.strip("[]").split(",") if word.strip()]
 
 
 def filling(which: Sequence[str], words: Words) -> str:
@@ -124,20 +162,18 @@ def _seeded(job: config.Composed, seed: int) -> config.Composed:
     return replace(job, config={**job.config, "seed": seed}, overrides=[*others, f"seed={seed}"])
 
 
-def grid_of(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]], everything: Sequence[Run],
+def grid_of(table: Table, jobs: cells.Jobs, everything: Sequence[Run],
             columns: Sequence[str], words: Words, fill: str) -> Grid:  # fmt: skip
     protocol = protocol_of(words)
     if table.kind == "claims":
-        return of_claims(table, everything)
-    if table.kind == "bars":
-        return of_bars(table, everything, protocol)
-    if table.kind == "board":
-        return of_board(table, _measured(table, everything, words))
-    return of_cells(table, _ids(jobs), everything, protocol, columns, fill)
-
-
-def _ids(jobs: Mapping[str, Mapping[int, config.Composed]]) -> dict[str, dict[int, str]]:
-    return {label: {seed: record.cell_id(job.config) for seed, job in each.items()} for label, each in jobs.items()}
+        found = of_claims(table, everything)
+    elif table.kind == "bars":
+        found = of_bars(table, everything, protocol)
+    elif table.kind == "board":
+        found = of_board(table, _measured(table, everything, words))
+    else:
+        found = of_cells(table, jobs, everything, protocol, columns, fill)
+    return replace(found, name=table.name)
 
 
 def touched(table: Table, everything: Sequence[Run], protocol: str) -> bool:
@@ -156,33 +192,38 @@ def _measured(table: Table, everything: Sequence[Run],
         of = papers.table(line["table"], tuple(words.search))
         if not touched(of, everything, protocol_of(words)):
             continue
-        wanted = _ids(jobs_of(of, [line["row"]], words))
-        best = max(cells.lines(of, wanted, everything, protocol_of(words)), key=lambda each: len(each.runs))
+        jobs = jobs_of(of, [line["row"]], words)
+        best = max(cells.lines(of, jobs, everything, protocol_of(words)), key=lambda each: len(each.runs))
         if values := cells.COLUMNS["test_acc"].of(best):
             sd = statistics.stdev(values) if len(values) > 1 else None
             found[line["model"]] = statistics.fmean(values), sd, len(values), [*best.runs.values()]
     return found
 
 
-def run_missing(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]], dirs: Sequence[Path],
-                budget: float | None, launch: Words) -> int:  # fmt: skip
-    """Train what has no finished record, a seed of every row before the next, until the time is over; what another
-    process is at is left to it. With -m by the launcher named. 0, or 3 when some failed."""
-    from ..sweep.command import run
-    from ..train.command import train
-
+def todo(table: Table, jobs: cells.Jobs, dirs: Sequence[Path]) -> list[tuple[str, int, config.Composed]]:
+    """What has no finished record, a seed of every row before the next. Raises UsageError."""
     if table.kind != "cells":
         raise UsageError(f"table={table.name} is made of other tables' records; run_missing=true is for those")
     done = {record.cell_id(run.record["config"]) for run in cells.read(dirs)
             if run.record["command"] == "train" and run.state == "done"}  # fmt: skip
-    todo = [(label, seed, job) for label, seeds in jobs.items() for seed, job in seeds.items()
-            if record.cell_id(job.config) not in done]  # fmt: skip
-    todo.sort(key=lambda each: each[1])
-    if launch.multirun and todo:
-        runs = Path(todo[0][2].config["paths"]["runs"])
-        return 3 if run([job.overrides for _, _, job in todo], True, runs, launch)[0] else 0
+    missing = [(label, seed, job) for label, seeds in jobs.items() for seed, job in seeds.items()
+               if record.cell_id(job.config) not in done]  # fmt: skip
+    return sorted(missing, key=lambda each: each[1])
+
+
+def run_missing(table: Table, jobs: cells.Jobs, dirs: Sequence[Path],
+                budget: float | None, launch: Words) -> int:  # fmt: skip
+    """Train what has no finished record until the time is over; what another process is at is left to it. With -m by
+    the launcher named. 0, or 3 when some failed."""
+    from ..sweep.command import run
+    from ..train.command import train
+
+    missing = todo(table, jobs, dirs)
+    if launch.multirun and missing:
+        runs = Path(missing[0][2].config["paths"]["runs"])
+        return 3 if run([job.overrides for _, _, job in missing], True, runs, launch)[0] else 0
     began, failed = time.monotonic(), 0
-    for label, seed, job in todo:
+    for label, seed, job in missing:
         if budget is not None and time.monotonic() - began > budget:
             say("left", "the time is over; the same command goes on", err=True)
             break
@@ -198,16 +239,18 @@ def run_missing(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]],
     return 3 if failed else 0
 
 
-def time_missing(table: Table, jobs: Mapping[str, Mapping[int, config.Composed]], dirs: Sequence[Path],
+def time_missing(table: Table, jobs: cells.Jobs, dirs: Sequence[Path],
                  left: float | None, words: Words) -> int:  # fmt: skip
     """Bench the rows that have not been timed on this machine, in the time left or ten minutes, beside a row that they
     can be compared with: the table's first, even if another machine has timed it."""
     from .. import match
     from ..bench.command import bench
 
-    device = config.make(next(iter(next(iter(jobs.values())).values())).config["gpu"], "gpu")
-    here, everything, protocol = device.environment()["hardware"], cells.read(dirs), protocol_of(words)
-    untimed = [label for label in jobs if here not in cells.timed(everything, table, protocol, label)]
+    gpu = next(iter(next(iter(jobs.values())).values())).config["gpu"]
+    here = cells.machine({"environment": config.make(gpu, "gpu").environment(), "config": {"gpu": gpu}})
+    lines = cells.lines(table, jobs, cells.read(dirs), protocol_of(words))
+    timed = {line.label for line in lines if line.timed and line.machine == here}
+    untimed = [label for label in jobs if label not in timed]
     beside = next((label for label in table.chosen(None) if [label] != untimed), None)
     if not untimed or beside is None or (left is not None and left < 1):
         return 0
@@ -229,7 +272,9 @@ def show(grid: Grid) -> None:
         return
     say("table", grid.title)
     for head, below in grid.blocks:
-        print(terminal.hanging(f" {head[0]:4}{head[1]:21}", head[2]), *(f"     {line}" for line in below), sep="\n")
+        print(terminal.hanging(f" {head[0]:4}{head[1]:21}", head[2]))
+        for line in below:
+            print(terminal.hanging("     ", line))
     if not grid.blocks:
         _rows(grid)
     for note in grid.notes:
@@ -238,10 +283,10 @@ def show(grid: Grid) -> None:
 
 def _rows(grid: Grid) -> None:
     """On a narrow terminal without the columns that are the least missed."""
-    tables.show(grid.columns, grid.rows, spare=[c for c in reversed(grid.columns[3:]) if c != "paper"])
+    tables.show(grid.columns, grid.rows, spare=grid.spare)
 
 
-def write(grid: Grid, name: str, folder: Path, jobs: Mapping[str, Mapping[int, config.Composed]]) -> None:
+def write(grid: Grid, name: str, folder: Path, jobs: cells.Jobs) -> None:
     """NAME.md, .csv, .tex, .json, .txt, and NAME.bib of the methods; the same records give the same bytes."""
     record.writable("out", folder)
     for format, suffix in SUFFIXES.items():

@@ -12,7 +12,7 @@ from typing import Any
 from ..compare.rows import Run
 from ..papers import Table
 from ..report import tables
-from ..terminal import count
+from ..terminal import count, number
 from . import cells, verdicts
 
 SUFFIXES = {"text": "txt", "md": "md", "csv": "csv", "tex": "tex", "json": "json"}
@@ -28,6 +28,8 @@ class Grid:
     notes: list[str]
     used: dict[str, Run] = field(default_factory=dict)  # records, by id
     blocks: list[tuple[list[str], list[str]]] = field(default_factory=list)  # for rows that would be too long
+    name: str = ""
+    spare: list[list[int]] = field(default_factory=list)  # columns that a narrow terminal can do without, in that order
     lines: list[cells.Line] = field(default_factory=list)  # of a table of trainings
 
     def said(self, format: str) -> str:
@@ -42,64 +44,87 @@ class Grid:
             notes = "".join(f"- {note}\n" for note in self.notes)
             return f"**{self.title}**\n\n{tables.markdown(self.columns, self.rows)}\n{notes}"
         if format == "tex":
-            return tables.latex(self.title, self.columns, self.rows, self.notes)
+            return tables.latex(self.name, self.title, self.columns, self.rows, self.notes)
         notes = "".join(f"        {note}\n" for note in self.notes)
         long = [line for head, below in self.blocks for line in (" ".join(head), *(f"        {b}" for b in below))]
         said = "\n".join(long) or tables.text(self.columns, self.rows)
         return f"{self.title}\n\n{said}\n\n{notes}"
 
 
-def of_cells(table: Table, wanted: Mapping[str, Mapping[int, str]], everything: Sequence[Run], protocol: str,
-             columns: Sequence[str], fill: str) -> Grid:  # fmt: skip
+def of_cells(table: Table, jobs: cells.Jobs, everything: Sequence[Run], protocol: str, columns: Sequence[str],
+             fill: str) -> Grid:  # fmt: skip
     """Measured cells with the published beside them, a line a row and machine."""
-    lines = cells.lines(table, wanted, everything, protocol)
-    several = len({line.machine for line in lines if line.machine}) > 1
+    lines = cells.lines(table, jobs, everything, protocol)
+    if not any(cells.COLUMNS[c].timed for c in columns):
+        lines = [line for line in lines if not line.elsewhere]
+    machines = sorted({line.machine for line in lines if line.machine})
+    letters = dict(zip(machines, "abcdefghijklmnopqrstuvwxyz")) if len(machines) > 1 else {}
     theirs = [c for c in columns if any(cells.published(line, c) for line in lines)]
+    shown = [c for c in columns if c != "test_acc5" or c in theirs]  # which nobody measures
     heads, plain_heads = ["model", "n"], ["model", "machine", "protocol", "n", "of"]
-    for c in columns:
-        ours = [] if c == "test_acc5" else [cells.COLUMNS[c].head]
-        heads += [*ours, *(["paper"] if c in theirs else [])]
-        plain_heads += [*([c, f"{c}_sd", f"{c}_n"] if ours else []), *([f"{c}_paper"] if c in theirs else [])]
-    heads += ["machine"] if several else []
-    rows, plain = [], []
+    groups: list[list[int]] = []  # a measured column and the paper's go together
+    for c in shown:
+        head, measured = cells.COLUMNS[c].head, [c, f"{c}_sd", f"{c}_n"]
+        names, plain_names = [head, *["paper"] * (c in theirs)], [*measured, *[f"{c}_paper"] * (c in theirs)]
+        if c == "test_acc5":
+            names, plain_names = [f"paper: {head}"], [f"{c}_paper"]
+        groups.append([len(heads) + k for k in range(len(names))])
+        heads += names
+        plain_heads += plain_names
+    plain_heads.append("timed_converged")
+    heads += ["on"] * bool(letters)
+    rows: list[list[str]] = []
+    plain: list[list[Any]] = []
     for line in lines:
-        row, values = [line.label, line.n], [line.label, line.machine, protocol, len(line.runs), len(line.wanted)]
-        for c in columns:
+        star = " *" if line.timed and line.timed.shy and any(cells.COLUMNS[c].timed for c in columns) else ""
+        row = [line.label + star, line.n]
+        values: list[Any] = [line.label, line.machine, protocol, len(line.runs), len(line.wanted)]
+        for c in shown:
             cell, paper = cells.cell(line, c), cells.published(line, c)
-            row += [*([str(cell)] if c != "test_acc5" else []), *([paper] if c in theirs else [])]
+            again = bool(rows) and line.label == rows[-1][0].removesuffix(" *")  # the paper's is said once
+            row += [*([str(cell)] if c != "test_acc5" else []), *(["" if again else paper] if c in theirs else [])]
             values += [cell.mean, cell.sd, len(cell.values)] if c != "test_acc5" else []
             values += [paper] if c in theirs else []
-        rows.append([*row, *([line.machine] if several else [])])
-        plain.append(values)
+        rows.append([*row, *([letters.get(line.machine, "")] if letters else [])])
+        plain.append([*values, line.timed.row["solve"].get("converged_fraction") if line.timed else None])
     used = {run.record["run_id"]: run for line in lines for run in (*line.runs.values(), *line.failed.values())}
     bench = {line.timed.rec["run_id"]: line.timed for line in lines if line.timed}
     used |= {run.record["run_id"]: run for run in everything if run.record["run_id"] in bench}
-    missing = {label: left for label, seeds in wanted.items() if (left := [
+    missing = {label: left for label, seeds in jobs.items() if (left := [
         s for s in seeds if not any(s in line.runs for line in lines if line.label == label)])}  # fmt: skip
-    notes = _notes(table, lines, bench.values(), protocol, several, theirs)
+    notes = _notes(table, lines, protocol, letters, columns)
+    notes += [f"paper: {table.source}"] if theirs and table.source else []
     if missing:
         notes.append(f"not done: {count(sum(map(len, missing.values())), 'training')}; {fill} runs them")
-    return Grid(table.title, heads, rows, plain_heads, plain, notes, used, lines=lines)
+    return Grid(table.title, heads, rows, plain_heads, plain, notes, used, lines=lines,
+                spare=[*reversed(groups[2:]), *groups[:1]])  # fmt: skip
 
 
-def _notes(table: Table, lines: Sequence[cells.Line], bench: Any, protocol: str, several: bool,
-           theirs: Sequence[str]) -> list[str]:  # fmt: skip
+def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Mapping[str, str],
+           columns: Sequence[str]) -> list[str]:  # fmt: skip
     notes = [f"protocol {protocol}; mean ± sd over n seeds"]
-    where = {line.machine for line in lines if line.machine}
-    notes += [] if several else sorted(where)
-    if table.target and lines:
+    notes += [f"{k}: {name}" for name, k in letters.items()] or sorted({line.machine for line in lines} - {""})
+    if "target_s" in columns and table.target:
         notes.append(f"s to target: training time to {table.target:.1%} validation accuracy, smoothed over 3 epochs")
-    notes += [f"times of a step of {t.batch} images{_at(t)}: {t.rec['run_id']}, "
-              f"{t.row['timing']['train_ms']['n']} rounds, {t.rec['environment']['hardware']}"
-              for t in bench]  # fmt: skip
+    if any(cells.cell(line, c).mark for line in lines for c in columns):
+        notes.append("~: trainings were not alone on their machine; their steps times a step of the bench")
+        columns = [*columns, "train_s"]
+    if any(cells.COLUMNS[c].timed for c in columns):
+        benches = {(t.rec["run_id"], t.row.get("at")): (line, t) for line in lines if (t := line.timed)}
+        for line, t in benches.values():
+            at = "" if (at := t.row.get("at")) is None else f" at step {at:,}"
+            on = letters[line.machine] if letters else ""
+            notes.append(", ".join(filter(None, [
+                f"times of a step of {t.batch} images{at}: {t.rec['run_id']}",
+                count(t.row["timing"]["train_ms"]["n"], "round"), on and f"on {on}",
+                "" if t.rec["environment"]["alone"] else "not alone on its machine"])))  # fmt: skip
+        shy = [f"{line.label}{f' on {letters[line.machine]}' if letters else ''} "
+               f"{number(line.timed.row['solve']['residual'], 2)}" for line in lines
+               if line.timed and line.timed.shy]  # fmt: skip
+        if shy:
+            notes.append(f"*: most of its solves did not converge; residual: {', '.join(shy)}")
     failed = [f"{line.label} seed {seed}: {run.record['error']}" for line in lines for seed, run in line.failed.items()]
-    notes += [f"failed: {'; '.join(failed)}"] if failed else []
-    return [*notes, *([f"paper: {table.source}"] if theirs else [])]
-
-
-def _at(timed: cells.Timed) -> str:
-    at = timed.row.get("at")
-    return "" if at is None else f" at step {at:,}"
+    return [*notes, *([f"failed: {'; '.join(failed)}"] if failed else [])]
 
 
 def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
@@ -123,13 +148,15 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
                   for p, each in found.items() for f in each]  # fmt: skip
         plain += [] if any(found.values()) else [[claim["id"], claim["says"], claim.get("paper"), word, *[None] * 13]]
         used |= {f.run.record["run_id"]: f.run for each in found.values() for f in each}
-    where = sorted({run.record["environment"]["hardware"] for run in used.values()})
+    where: dict[str, list[str]] = {}
+    for id in sorted(used):
+        where.setdefault(cells.machine(used[id].record), []).append(id)
     notes = [
         "a / b: times (H: errors, MiB, evaluations) of a over b's, at the last point of training measured",
         "holds: under protocol sound every ratio is above 1 with its 95 % interval and reaches the claim's lower end",
         "fails: none is above 1; partly: in between; ratios of solves that did not converge decide nothing",
         "the paper's R1 to R4 are of CIFAR-10 and ImageNet: cdeq_mnist and mdeq_fashion are other networks and data",
-        *[f"measured on {' and '.join(where)}: {', '.join(sorted(used))}"] * bool(used),
+        *(f"measured on {name}: {', '.join(where[name])}" for name in sorted(where)),
     ]  # fmt: skip
     heads = ["id", "verdict", "claim", "paper", "here", "protocol=faithful"]
     plain_heads = ["id", "claim", "paper", "verdict", "protocol", "table", "at", "hardware", "numerator", "denominator",
@@ -159,7 +186,7 @@ def of_bars(table: Table, everything: Sequence[Run], protocol: str) -> Grid:
     plain_heads = [*heads[:6], "value", "low", "high"]
     notes = [f"protocol {protocol}; time over the vanilla CDEQ's, below 1 where it is shorter",
              f"paper: {table.source}"]  # fmt: skip
-    return Grid(table.title, heads, rows, plain_heads, plain, notes, used)
+    return Grid(table.title, heads, rows, plain_heads, plain, notes, used, spare=[[5], [3], [4]])
 
 
 def of_board(table: Table, measured: Mapping[str, tuple[float, float | None, int, Sequence[Run]]]) -> Grid:
@@ -178,9 +205,9 @@ def of_board(table: Table, measured: Mapping[str, tuple[float, float | None, int
         source = "here" if own else line["source"]
         rows.append([line["model"], *(str(line.get(key, "")) for key in ("params", "augmented")), said, source,
                      line.get("note", "")])  # fmt: skip
-        plain.append([line["model"], line.get("params"), line.get("augmented"), acc, sd, n, source])
+        plain.append([line["model"], line.get("params"), line.get("augmented"), acc, sd, n, source, line.get("note")])
     order = sorted(range(len(rows)), key=lambda i: -(plain[i][3] or 0))
     heads = ["model", "params", "augmented", "test acc %", "source", ""]
     notes = ["published accuracies are as their papers have them, mostly the best epoch's; ours is the last epoch's"]
-    return Grid(table.title, heads, [rows[i] for i in order], [*heads[:3], "acc", "sd", "n", "source"],
-                [plain[i] for i in order], notes, used)  # fmt: skip
+    return Grid(table.title, heads, [rows[i] for i in order], [*heads[:3], "acc", "sd", "n", "source", "note"],
+                [plain[i] for i in order], notes, used, spare=[[5], [2], [4], [1]])  # fmt: skip

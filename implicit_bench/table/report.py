@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import config, log, machine, papers, record
+from .. import config, log, machine, papers, record, terminal
 from ..compare.figures import Trained, Unknown
 from ..compare.rows import Run
 from ..report import plots
 from ..schema import UsageError, files, nearest
 from ..terminal import Bar, say
 from ..words import split
-from . import cells
+from . import cells, verdicts
 from .command import filling, grid_of, jobs_of, keyed, listed, send, touched
 from .grid import Grid
 
@@ -54,6 +54,10 @@ def command(args: Sequence[str]) -> int:
     if words.overrides or words.flags or words.multirun or words.plan:
         wrong = (words.overrides or words.flags or ["-m"])[0]
         raise UsageError(f"report takes no {wrong!r}; it has {', '.join(f'{key}=' for key in KEYS)} and --config-dir")
+    if terminal.format != "text":
+        raise UsageError(f"report is one page of HTML; for format={terminal.format} say implicit-bench table")
+    if not given["out"]:
+        raise UsageError("out= names no folder; leave it out for out=report")
     if given["logger"] not in ("wandb", "none"):
         raise UsageError(f"logger={given['logger']!r} is not possible{nearest(given['logger'], ('wandb', 'none'))}")
     dirs = [Path(folder) for folder in listed(given["records"])]
@@ -142,7 +146,7 @@ def sections(everything: Sequence[Run], tables: Sequence[Measured], folder: Path
     bar.close()
     return [
         Section("speed", "Speed-ups", "Median of the quotients of paired rounds with its 95 % interval; a / b above 1: "
-                "b is faster.", speeds),
+                "b is faster. * solves of one of them did not converge.", speeds),
         Section("accuracy", "Accuracy against time", "A line a seed. Time is training time alone: as it was, of runs "
                 "that had the machine to themselves, else steps by a step of the table's bench.", curves["accuracy"]),
         Section("nfe", "Evaluations over training", "Calls of f in a training step's forward.", curves["nfe"]),
@@ -186,8 +190,9 @@ def _title(run: Run, at: int) -> str:
 def _bars(run: Run, at: int) -> list[tuple[str, float, float, float]]:
     ratios = [r for r in run.record["ratios"] if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["value"]
               and r["id"] != "peer"]  # fmt: skip
-    return [(f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}".removeprefix("– "), r["value"],
-             r["low"] or r["value"], r["high"] or r["value"]) for r in ratios]  # fmt: skip
+    shy = ["*" if any(verdicts.SHY in caveat for caveat in r["caveats"]) else "" for r in ratios]
+    return [(f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}{star}".removeprefix("– "), r["value"],
+             r["low"] or r["value"], r["high"] or r["value"]) for r, star in zip(ratios, shy)]  # fmt: skip
 
 
 def _trainings(everything: Sequence[Run], tables: Sequence[Measured]) -> dict[str, list[cells.Line]]:
@@ -216,7 +221,7 @@ def _curves(line: cells.Line, kind: str) -> list[tuple[list[float], list[float]]
     key = {"accuracy": "metrics.val_acc", "nfe": "solve.nfe_forward", "residual": "solve.residual"}[kind]
     found = []
     try:
-        spent = cells.seconds(line) if kind == "accuracy" else [None] * len(line.runs)
+        spent = cells.seconds(line)[0] if kind == "accuracy" else [None] * len(line.runs)
     except Unknown:
         return []
     for run, seconds in zip(line.runs.values(), spent):

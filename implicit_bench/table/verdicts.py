@@ -51,7 +51,8 @@ class Found(NamedTuple):
     def __str__(self) -> str:
         r = self.ratio
         where = f"{self.table}" + (f" at {self.at:,}" if self.at is not None else "")
-        return f"{r['numerator']} / {r['denominator']}, {r['measure']} {self.interval}, {where}{self.but}"
+        id = self.run.record["run_id"]
+        return f"{r['numerator']} / {r['denominator']}, {r['measure']} {self.interval}, {where}{self.but} ({id})"
 
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
