@@ -149,11 +149,12 @@ different machines say is never averaged: a row then has a line for each. Any ot
 length=short, is said to every row. table=claims is about ratios of benches: holds, partly, fails, not testable here.
 
 keys (default)
-  table=NAME (claims)        rows=A,B   columns=A,B   seeds=0,1 (the table's)
+  table=NAME (claims)        rows=A,B|all (those that are not for asking only)   columns=A,B   seeds=0,1 (the table's)
   records=DIR,... (runs,results)                            format=text|md|csv|tex|json (text)
   run_missing=true           train what has no finished record, seed by seed; the same command goes on where it stopped;
-                             time=30m begins nothing new after that; several at once share the work
-  out=DIR                    NAME.md, .csv, .tex, .json, .txt there    publish=true  copy the records used to results/
+                             time=30m begins nothing new after that; several at once share the work; with plan=true
+                             it is told and not done
+  out=DIR                    NAME.md, .csv, .tex, .json, .txt, .bib    publish=true  copy the records used to results/
   logger=wandb               a W&B run with the table (none)
 A table of your own (--config-dir): `inherits: cdeq_mnist`, and the rows that it adds.
 

@@ -40,7 +40,8 @@ def listing(words: Words) -> int:
     for group in wanted:
         if len(wanted) > 1:
             print(f"{group}=")
-        print(*(terminal.hanging(f"  {name:<19} ", about) for g, name, about in rows if g == group), sep="\n")
+        width = max([19, *(len(name) for g, name, _ in rows if g == group)])
+        print(*(terminal.hanging(f"  {name:<{width}} ", about) for g, name, about in rows if g == group), sep="\n")
     if counted:
         print()
         tables.show(COUNTED, counted, spare=["state"])

@@ -152,7 +152,8 @@ def test_list_names_ones_own_files_too(tmp_path, capsys):
     (tmp_path / "solver" / "mine.yaml").write_text("# my own\n_target_: mine.Solver\n")
     assert main(["list", "solvers", "--config-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "  mine                my own" in lines
+    assert ["mine", "my", "own"] in [line.split() for line in lines]
+    assert len({line.index(line.split()[1], len(line.split()[0]) + 2) for line in lines}) == 1  # in one column
     assert any(line.startswith("  broyden ") for line in lines)
 
 

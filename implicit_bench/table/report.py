@@ -69,8 +69,8 @@ def command(args: Sequence[str]) -> int:
     record.writable("out", out / "figures")
     page = _page(everything, dirs, tuple(words.search), out / "figures")
     (out / "report.html").write_text(page, encoding="utf-8")
-    figures = len([*(out / "figures").glob("*.svg")])
-    say("wrote", f"{out}/   report.html · figures/ ({figures}, each as svg, png, pdf of two widths)")
+    count = page.count("data:image/svg")
+    say("wrote", f"{out}/   report.html · figures/ ({count}, each as svg, png, pdf of two widths)")
     if given["logger"] == "wandb":
         used = sorted({run.record["run_id"] for run in everything})
         send(record.new_record("report", {"records": used}, status="done"), "all", page)
