@@ -340,8 +340,8 @@ def test_times_of_another_number_of_threads_are_a_line_of_their_own(here, capsys
         ("box, 1 thread", "", False), ("box, 2 threads", "", True)]  # fmt: skip
     main(["table", "table=mine", "--config-dir=own", "rows=deq", "columns=test_acc,train_s"])
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["deq", "1/2", "90.00", "97.0", "±", "0.2", "not", "timed", "a"] in said
-    assert ["deq", "0.00500", "b"] in said  # nothing is missing of it there
+    assert ["deq", "1/2", "a", "90.00", "97.0", "±", "0.2", "not", "timed"] in said
+    assert ["deq", "b", "0.00500"] in said  # nothing is missing of it there
     _, rows = asked(capsys, "rows=deq", "columns=test_acc")
     assert len(rows) == 1
 

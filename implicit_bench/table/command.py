@@ -273,8 +273,8 @@ def show(grid: Grid) -> None:
     say("table", grid.title)
     for head, below in grid.blocks:
         print(terminal.hanging(f" {head[0]:4}{head[1]:21}", head[2]))
-        for line in below:
-            print(terminal.hanging("     ", line))
+        for protocol, line in below:
+            print(terminal.hanging(f"     {protocol}", line))
     if not grid.blocks:
         _rows(grid)
     for note in grid.notes:

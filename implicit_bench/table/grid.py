@@ -27,7 +27,7 @@ class Grid:
     plain: list[list[Any]]  # for a program
     notes: list[str]
     used: dict[str, Run] = field(default_factory=dict)  # records, by id
-    blocks: list[tuple[list[str], list[str]]] = field(default_factory=list)  # for rows that would be too long
+    blocks: list[tuple[list[str], list[tuple[str, str]]]] = field(default_factory=list)  # instead of rows too long
     name: str = ""
     spare: list[list[int]] = field(default_factory=list)  # columns that a narrow terminal can do without, in that order
     lines: list[cells.Line] = field(default_factory=list)  # of a table of trainings
@@ -46,8 +46,8 @@ class Grid:
         if format == "tex":
             return tables.latex(self.name, self.title, self.columns, self.rows, self.notes)
         notes = "".join(f"        {note}\n" for note in self.notes)
-        long = [line for head, below in self.blocks for line in (" ".join(head), *(f"        {b}" for b in below))]
-        said = "\n".join(long) or tables.text(self.columns, self.rows)
+        long = [[" ".join(head), *(f"        {p}{b}" for p, b in below)] for head, below in self.blocks]
+        said = "\n".join(line for lines in long for line in lines) or tables.text(self.columns, self.rows)
         return f"{self.title}\n\n{said}\n\n{notes}"
 
 
@@ -61,7 +61,7 @@ def of_cells(table: Table, jobs: cells.Jobs, everything: Sequence[Run], protocol
     letters = dict(zip(machines, "abcdefghijklmnopqrstuvwxyz")) if len(machines) > 1 else {}
     theirs = [c for c in columns if any(cells.published(line, c) for line in lines)]
     shown = [c for c in columns if c != "test_acc5" or c in theirs]  # which nobody measures
-    heads, plain_heads = ["model", "n"], ["model", "machine", "protocol", "n", "of"]
+    heads, plain_heads = ["model", "n", *["on"] * bool(letters)], ["model", "machine", "protocol", "n", "of"]
     groups: list[list[int]] = []  # a measured column and the paper's go together
     for c in shown:
         head, measured = cells.COLUMNS[c].head, [c, f"{c}_sd", f"{c}_n"]
@@ -72,12 +72,11 @@ def of_cells(table: Table, jobs: cells.Jobs, everything: Sequence[Run], protocol
         heads += names
         plain_heads += plain_names
     plain_heads.append("timed_converged")
-    heads += ["on"] * bool(letters)
     rows: list[list[str]] = []
     plain: list[list[Any]] = []
     for line in lines:
         star = " *" if line.timed and line.timed.shy and any(cells.COLUMNS[c].timed for c in columns) else ""
-        row = [line.label + star, line.n]
+        row = [line.label + star, line.n, *([letters.get(line.machine, "")] if letters else [])]
         values: list[Any] = [line.label, line.machine, protocol, len(line.runs), len(line.wanted)]
         for c in shown:
             cell, paper = cells.cell(line, c), cells.published(line, c)
@@ -85,7 +84,7 @@ def of_cells(table: Table, jobs: cells.Jobs, everything: Sequence[Run], protocol
             row += [*([str(cell)] if c != "test_acc5" else []), *(["" if again else paper] if c in theirs else [])]
             values += [cell.mean, cell.sd, len(cell.values)] if c != "test_acc5" else []
             values += [paper] if c in theirs else []
-        rows.append([*row, *([letters.get(line.machine, "")] if letters else [])])
+        rows.append(row)
         plain.append([*values, line.timed.row["solve"].get("converged_fraction") if line.timed else None])
     used = {run.record["run_id"]: run for line in lines for run in (*line.runs.values(), *line.failed.values())}
     bench = {line.timed.rec["run_id"]: line.timed for line in lines if line.timed}
@@ -140,7 +139,7 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         said = here["sound"] or why
         rows.append([claim["id"], word, claim["says"], str(claim.get("paper", "")), said, here["faithful"]])
         paper = f" (paper {claim['paper']})" if "paper" in claim else ""
-        below = [f"{p:9} {f}" for p, each in found.items() for f in each] or [why]
+        below = [(f"{p:9} ", str(f)) for p, each in found.items() for f in each] or [("", why)]
         blocks.append(([claim["id"], word, f"{claim['says']}{paper}"], below))
         plain += [[claim["id"], claim["says"], claim.get("paper"), word, p, f.table, f.at, f.hardware,
                    f.ratio["numerator"], f.ratio["denominator"], f.ratio["measure"], f.ratio["value"], f.ratio["low"],
