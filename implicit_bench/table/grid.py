@@ -109,12 +109,19 @@ def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Ma
         notes.append("~: trainings were not alone on their machine; their steps times a step of the bench")
         columns = [*columns, "train_s"]
     if any(cells.COLUMNS[c].timed for c in columns):
-        benches = {(t.rec["run_id"], t.row.get("at")): (line, t) for line in lines if (t := line.timed)}
-        for line, t in benches.values():
-            at = "" if (at := t.row.get("at")) is None else f" at step {at:,}"
-            on = letters[line.machine] if letters else ""
+        benches: dict[tuple[str, str, int | None], list[cells.Line]] = {}
+        for line in lines:
+            if line.timed:
+                key = line.machine, line.timed.rec["run_id"], line.timed.row.get("at")
+                benches.setdefault(key, []).append(line)
+        for (where, id, at), timed in benches.items():
+            t = timed[0].timed
+            assert t is not None
+            on = letters[where] if letters else ""
+            alike = [key for key in benches if key[0] == where] == [(where, id, at)]
+            of = "" if alike else f" ({', '.join(line.label for line in timed)})"
             notes.append(", ".join(filter(None, [
-                f"times of a step of {t.batch} images{at}: {t.rec['run_id']}",
+                f"times of a step of {t.batch} images{'' if at is None else f' at step {at:,}'}{of}: {id}",
                 count(t.row["timing"]["train_ms"]["n"], "round"), on and f"on {on}",
                 "" if t.rec["environment"]["alone"] else "not alone on its machine"])))  # fmt: skip
         shy = [f"{line.label}{f' on {letters[line.machine]}' if letters else ''} "
