@@ -424,6 +424,8 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
           started="2025-01-01T00:00:00+00:00")  # fmt: skip
     bench(here, [(*r1, 3.0, 2.0, 4.0, {"at": 100})], table="mdeq_fashion", protocol="faithful", name="newer")
     bench(here, [(*r1, 7.0, 6.0, 8.0)], table=None, name="free")
+    shy = {"caveats": ["cdeq not converged"]}
+    bench(here, [(*r1, 9.0, 8.0, 10.0, shy)], table="cdeq_cifar10_large", name="shy")
     bench(here, [("R4", "cdeq", "skip_cdeq", "train", 7.0, 6.0, 8.0)], table="cdeq_mnist", name="dense")  # is R7's
     bench(here, [(*r1, 1.5, 1.4, 1.6, {"at": 0})], table="cdeq_cifar10_small", name="fresh", hardware="another")
     bench(here, [(*r1, 1.3, 1.2, 1.4, {"at": 400})], table="mdeq_fashion", name="behind", hardware="slow box")
@@ -434,7 +436,8 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     told = [row for row in rows if row["id"] == "R1"]
     assert [(r["protocol"], r["table"], r["at"], float(r["value"])) for r in told] == [
         ("sound", "cdeq_cifar10_small", "0", 1.5), ("sound", "mdeq_fashion", "500", 2.5),
-        ("sound", "mdeq_fashion", "500", 2.2), ("faithful", "mdeq_fashion", "500", 7.0)]  # fmt: skip
+        ("sound", "mdeq_fashion", "500", 2.2), ("sound", "cdeq_cifar10_large", "", 9.0),
+        ("faithful", "mdeq_fashion", "500", 7.0)]  # fmt: skip
     assert (told[1]["verdict"], told[1]["record"]) == ("partly", id)
     assert {row["verdict"] for row in rows if row["id"] == "H1"} == {"not testable here"}
     main(["table", "--config-dir=own"])

@@ -57,7 +57,7 @@ class Found(NamedTuple):
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
     """Of each table and pair of rows the one furthest along training, on each machine that got there the latest; one
-    of too few rounds only where no machine has given that pair an interval."""
+    of too few rounds only where no machine has given that pair an interval. Those that a verdict rests on first."""
     found: dict[tuple[Any, ...], Found] = {}
     runs = [run for run in everything if run.record["command"] in ("bench", "compare") and run.record.get("ratios")]
     for run in sorted(runs, key=lambda run: record.started(run.record, run.folder)):
@@ -76,7 +76,8 @@ def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables:
     for (name, _, *pair), each in sorted(found.items(), key=str):
         shown.setdefault((name, *pair), []).append(each)
     kept = [[f for f in each if not f.hasty] or each for each in shown.values()]
-    return [f for each in kept for f in each if (f.at or 0) == max(g.at or 0 for g in each)]
+    furthest = [f for each in kept for f in each if (f.at or 0) == max(g.at or 0 for g in each)]
+    return sorted(furthest, key=lambda f: not f.settled)
 
 
 def verdict(claim: Mapping[str, Any], found: Sequence[Found]) -> str:
