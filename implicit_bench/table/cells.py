@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,11 @@ class Line:
     target: float | None = None
     elsewhere: bool = False  # trained on another machine, and not on this one
 
+    @cached_property
+    def trained(self) -> list[Trained]:
+        """The runs with their metrics.jsonl, which several columns read."""
+        return [Trained(run) for run in self.runs.values()]
+
     @property
     def n(self) -> str:
         return "" if self.elsewhere else f"{len(self.runs)}/{len(self.wanted)}"
@@ -91,7 +97,7 @@ def seconds(line: Line) -> tuple[list[list[float]], bool]:
     """Training time of each seed at the end of each epoch: as it was where all of them were alone on their machine, and
     each epoch was timed whole; else (True) their steps by a step of the bench, if that has their batch. Raises
     Unknown."""
-    trained, why = [Trained(run) for run in line.runs.values()], "not alone"
+    trained, why = line.trained, "not alone"
     if all(run.record["environment"]["alone"] for run in line.runs.values()):
         try:
             return [t.seconds for t in trained], False
@@ -111,8 +117,7 @@ def _train_min(line: Line) -> list[float]:
 
 def _target_s(line: Line) -> list[float]:
     found, goal = [], line.target
-    for run, spent in zip(line.runs.values(), seconds(line)[0]):
-        smoothed = Trained(run).smoothed
+    for smoothed, spent in zip([run.smoothed for run in line.trained], seconds(line)[0]):
         found += [next((s for s, acc in zip(spent, smoothed) if goal is not None and acc >= goal), None)]
     there = [s for s in found if s is not None]
     if len(there) < len(found):

@@ -75,12 +75,12 @@ def of_cells(table: Table, jobs: cells.Jobs, everything: Sequence[Run], protocol
     rows: list[list[str]] = []
     plain: list[list[Any]] = []
     for line in lines:
+        again = bool(rows) and line.label == rows[-1][0].removesuffix(" *")  # the paper's is said once
         star = " *" if line.timed and line.timed.shy and any(cells.COLUMNS[c].timed for c in columns) else ""
         row = [line.label + star, line.n, *([letters.get(line.machine, "")] if letters else [])]
         values: list[Any] = [line.label, line.machine, protocol, len(line.runs), len(line.wanted)]
         for c in shown:
             cell, paper = cells.cell(line, c), cells.published(line, c)
-            again = bool(rows) and line.label == rows[-1][0].removesuffix(" *")  # the paper's is said once
             row += [*([str(cell)] if c != "test_acc5" else []), *(["" if again else paper] if c in theirs else [])]
             values += [cell.mean, cell.sd, len(cell.values)] if c != "test_acc5" else []
             values += [paper] if c in theirs else []

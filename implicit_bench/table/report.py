@@ -190,9 +190,9 @@ def _title(run: Run, at: int) -> str:
 def _bars(run: Run, at: int) -> list[tuple[str, float, float, float]]:
     ratios = [r for r in run.record["ratios"] if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["value"]
               and r["id"] != "peer"]  # fmt: skip
-    shy = ["*" if any(verdicts.SHY in caveat for caveat in r["caveats"]) else "" for r in ratios]
-    return [(f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}{star}".removeprefix("– "), r["value"],
-             r["low"] or r["value"], r["high"] or r["value"]) for r, star in zip(ratios, shy)]  # fmt: skip
+    return [(f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}{'*' * verdicts.shy(r)}"
+             .removeprefix("– "), r["value"], r["low"] or r["value"], r["high"] or r["value"])
+            for r in ratios]  # fmt: skip
 
 
 def _trainings(everything: Sequence[Run], tables: Sequence[Measured]) -> dict[str, list[cells.Line]]:

@@ -12,6 +12,10 @@ WORDS = ("holds", "partly", "fails", "not testable here")
 SHY = "not converged"
 
 
+def shy(ratio: Mapping[str, Any]) -> bool:
+    return any(SHY in caveat for caveat in ratio["caveats"])
+
+
 class Found(NamedTuple):
     """One ratio of one record, at the last point of training that it was measured at."""
 
@@ -33,7 +37,7 @@ class Found(NamedTuple):
 
     @property
     def shy(self) -> bool:
-        return any(SHY in caveat for caveat in self.ratio["caveats"])
+        return shy(self.ratio)
 
     @property
     def interval(self) -> str:
