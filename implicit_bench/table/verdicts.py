@@ -52,11 +52,19 @@ class Found(NamedTuple):
     def but(self) -> str:
         return (f", {SHY}" if self.shy else "") + (f", {self.ratio['n']} rounds only" if self.hasty else "")
 
-    def __str__(self) -> str:
-        r = self.ratio
-        where = f"{self.table}" + (f" at {self.at:,}" if self.at is not None else "")
-        id = self.run.record["run_id"]
-        return f"{r['numerator']} / {r['denominator']}, {r['measure']} {self.interval}, {where}{self.but} ({id})"
+    @property
+    def where(self) -> str:
+        return self.table + (f" at {self.at:,}" if self.at is not None else "") + self.but
+
+
+def told(found: Sequence[Found]) -> list[str]:
+    """A line for each record and point of training: where it was measured, then its ratios, each pair named once."""
+    lines: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for each in found:
+        r, line = each.ratio, lines.setdefault((each.where, each.run.record["run_id"]), {})
+        line.setdefault(f"{r['numerator']} / {r['denominator']}", []).append(f"{r['measure']} {each.interval}")
+    return [f"{where}: {'; '.join(pair + ' ' + ', '.join(said) for pair, said in line.items())} ({id})"
+            for (where, id), line in lines.items()]  # fmt: skip
 
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
