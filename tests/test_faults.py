@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,15 +183,12 @@ def small_disk(folder, size):
 def mountable():
     if os.geteuid():
         return False
-    top = Path("/tmp/implicit-bench-mount")
-    try:
-        with small_disk(top, "64k"):
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
-    finally:
-        if top.exists():
-            top.rmdir()
+    with tempfile.TemporaryDirectory() as top:  # each of pytest's workers asks, at the same moment
+        try:
+            with small_disk(Path(top) / "disk", "64k"):
+                return True
+        except (OSError, subprocess.CalledProcessError):
+            return False
 
 
 if mountable():  # elsewhere the limits on a file's size above are what can be had
