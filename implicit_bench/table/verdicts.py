@@ -63,7 +63,7 @@ def told(found: Sequence[Found]) -> list[str]:
     for each in found:
         r, line = each.ratio, lines.setdefault((each.where, each.run.record["run_id"]), {})
         line.setdefault(f"{r['numerator']} / {r['denominator']}", []).append(f"{r['measure']} {each.interval}")
-    return [f"{where}: {'; '.join(pair + ' ' + ', '.join(said) for pair, said in line.items())} ({id})"
+    return [f"{where} ({id}): {'; '.join(pair + ' ' + ', '.join(said) for pair, said in line.items())}"
             for (where, id), line in lines.items()]  # fmt: skip
 
 
