@@ -423,11 +423,13 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     bench(here, [(*r1, 7.0, 6.0, 8.0, {"at": 500})], table="mdeq_fashion", protocol="faithful", name="theirs",
           started="2025-01-01T00:00:00+00:00")  # fmt: skip
     bench(here, [(*r1, 3.0, 2.0, 4.0, {"at": 100})], table="mdeq_fashion", protocol="faithful", name="newer")
+    r7 = [("R7", "cdeq", "skip_cdeq", measure, 2.0, 1.9, 2.1) for measure in ("predict", "train")]
+    skip = bench(here, [*r7, ("R7", "cdeq", "skip_reg_cdeq", "train", 3.0, 2.9, 3.1)], table="cdeq_mnist", name="skip")
     bench(here, [(*r1, 7.0, 6.0, 8.0)], table=None, name="free")
     shy = {"caveats": ["cdeq not converged"]}
     bench(here, [(*r1, 9.0, 8.0, 10.0, shy)], table="cdeq_cifar10_large", name="shy")
     bench(here, [("R4", "cdeq", "skip_cdeq", "train", 7.0, 6.0, 8.0)], table="cdeq_mnist", name="dense")  # is R7's
-    bench(here, [(*r1, 1.5, 1.4, 1.6, {"at": 0})], table="cdeq_cifar10_small", name="fresh", hardware="another")
+    fresh = bench(here, [(*r1, 1.5, 1.4, 1.6, {"at": 0})], table="cdeq_cifar10_small", name="fresh", hardware="another")
     bench(here, [(*r1, 1.3, 1.2, 1.4, {"at": 400})], table="mdeq_fashion", name="behind", hardware="slow box")
     bench(here, [(*r1, 2.2, 2.1, 2.3, {"at": 500})], table="mdeq_fashion", name="level", hardware="fast box")
     few = {"at": 900, "verdict": "too few rounds"}
@@ -443,9 +445,11 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     main(["table", "--config-dir=own"])
     out = capsys.readouterr().out
     assert f"mdeq_fashion at 500 ({id}): neural_ode / cdeq train 2.50× [2.40, 2.60]" in out
-    assert "): neural_ode / cdeq train 1.50× [1.40, 1.60]" in out
+    assert f"cdeq_cifar10_small at 0 ({fresh}): neural_ode / cdeq train 1.50× [1.40, 1.60]" in out
+    twice = "cdeq / skip_cdeq predict 2.00× [1.90, 2.10], train 2.00× [1.90, 2.10]"
+    assert f"cdeq_mnist ({skip}): {twice}; cdeq / skip_reg_cdeq train 3.00× [2.90, 3.10]" in " ".join(out.split())
     assert "free" not in out
-    assert "cdeq / skip_cdeq, train 7.00×" not in out
+    assert "cdeq / skip_cdeq train 7.00×" not in out
 
 
 def test_every_claim_of_the_file_is_one_that_ratios_have():
@@ -546,13 +550,13 @@ def test_a_report_is_one_page_that_fetches_nothing_and_has_what_was_measured(her
     for seed in (0, 1):
         put(here, "cdeq", seed)
         put(here, "neural_ode", seed, converged=None)
-    bench(here, [("R1", "neural_ode", "cdeq", "train", 2.5, 2.4, 2.6)], table="mdeq_fashion",
-          rows=[timed("cdeq", 10.0), timed("neural_ode", 25.0)])  # fmt: skip
+    id = bench(here, [("R1", "neural_ode", "cdeq", "train", 2.5, 2.4, 2.6)], table="mdeq_fashion",
+               rows=[timed("cdeq", 10.0), timed("neural_ode", 25.0)])  # fmt: skip
     assert main(["report"]) == 0
     text = (here / "report/report.html").read_text()
     page = Page(text)
     assert page.fetched == []
-    assert "): neural_ode / cdeq train 2.50× [2.40, 2.60]" in text
+    assert f"mdeq_fashion ({id}): neural_ode / cdeq train 2.50× [2.40, 2.60]" in text
     assert 'class="holds"' in text
     assert len(page.pictures) == 3  # speed-ups, memory, accuracy against time
     assert all(p.startswith("<?xml") and "<svg" in p for p in page.pictures)

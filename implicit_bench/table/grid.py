@@ -141,12 +141,12 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         found = {p: verdicts.ratios(everything, claim.get("ratios", ()), p, claim.get("tables", ()))
                  for p in ("sound", "faithful")}  # fmt: skip
         word = verdicts.verdict(claim, found["sound"])
-        here = {p: "<br>".join(verdicts.told(each)) for p, each in found.items()}
+        told = {p: verdicts.told(each) for p, each in found.items()}
         why = claim.get("why", "not run")
-        said = here["sound"] or why
-        rows.append([claim["id"], word, claim["says"], str(claim.get("paper", "")), said, here["faithful"]])
+        here, theirs = "<br>".join(told["sound"]) or why, "<br>".join(told["faithful"])
+        rows.append([claim["id"], word, claim["says"], str(claim.get("paper", "")), here, theirs])
         paper = f" (paper {claim['paper']})" if "paper" in claim else ""
-        below = [(f"{p:9} ", line) for p, each in found.items() for line in verdicts.told(each)] or [("", why)]
+        below = [(f"{p:9} ", line) for p, lines in told.items() for line in lines] or [("", why)]
         blocks.append(([claim["id"], word, f"{claim['says']}{paper}"], below))
         plain += [[claim["id"], claim["says"], claim.get("paper"), word, p, f.table, f.at, f.hardware,
                    f.ratio["numerator"], f.ratio["denominator"], f.ratio["measure"], f.ratio["value"], f.ratio["low"],
