@@ -94,6 +94,9 @@ class Device:
                 "git": _commit(), "alone": None}  # fmt: skip
 
     def place(self, model: M) -> M:
+        """The model on this device, in its dtype and memory layout, its cell to be compiled at its first call."""
+        if self.compile:
+            model.layer.cell.compile()  # type: ignore[union-attr]
         model = model.to(self.torch, torch.float64 if self.dtype == torch.float64 else torch.float32)
         last = self.channels_last
         if last is None:

@@ -166,8 +166,8 @@ def lookup(runs_dir: str | Path, run_id: str) -> Path | None:
 
 
 def name_of(path: Path) -> str:
-    """What a run is called: its folder, or in results/ its file NAME.record.json."""
-    return path.name.removesuffix(".record.json")
+    """What a run is called: its folder, which record.json lies in, or in results/ its file NAME.record.json."""
+    return (path.parent if path.name == "record.json" else path).name.removesuffix(".record.json")
 
 
 _ID = re.compile(r"-([0-9a-f]{10})$")
@@ -297,10 +297,12 @@ def records(dirs: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def record_files(top: Path) -> Iterator[Path]:
-    """record.json and NAME.record.json below a folder, sorted; W&B's and hidden folders are not looked into."""
+    """record.json and NAME.record.json below a folder, sorted, without those of earlier attempts; W&B's and hidden
+    folders are not looked into."""
     for folder, below, files in os.walk(top):
         below[:] = sorted(name for name in below if name != "wandb" and not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(files) if re.search(r"(^|\.)record\.json$", name))
+        yield from (Path(folder, name) for name in sorted(files)
+                    if re.search(r"(^|\.)record\.json$", name) and not name.startswith("attempt-"))  # fmt: skip
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

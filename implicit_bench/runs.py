@@ -149,14 +149,11 @@ def found(dirs: Sequence[Path]) -> list[Found]:
                 raise RecordError(f"no folder {top} to read records from")
             continue
         for path in record.record_files(top):
-            if path.name.startswith("attempt-"):
-                continue
             try:
                 rec = record.read_record(path)
             except RecordError:
                 rec = {"file": path}
-            name = record.name_of(path.parent if path.name == "record.json" else path)
-            runs.append((name, {**rec, "folder": path.parent}, record.started(rec, path)))
+            runs.append((record.name_of(path), {**rec, "folder": path.parent}, record.started(rec, path)))
     return sorted(runs, key=lambda run: run[2])
 
 

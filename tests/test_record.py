@@ -358,6 +358,7 @@ def test_records_of_folders_and_files_each_once(tmp_path):
     committed.parent.mkdir(parents=True)
     committed.write_text((one / "record.json").read_text())
     (tmp_path / "results" / "cpu" / "table.json").write_text("{}")
+    (one / "attempt-1.record.json").write_text((one / "record.json").read_text())  # one that force=true has followed
     found = record.records([tmp_path / "runs", one, one / "record.json", tmp_path / "results"])
     assert [r["steps"] for r in found] == [1, 2, 1]
     with pytest.raises(RecordError, match=r"no folder .*nowhere to read records from"):

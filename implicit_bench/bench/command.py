@@ -119,7 +119,7 @@ def _run(timing: Timing, rec: dict[str, Any], folder: Path, sink: Sink, began: f
     interrupted = any(stage.interrupted for stage in stages)
     rec["steps"] = sum(stage.rounds * stage.steps for stage in stages)
     rec["timing"]["cold_s"] = sum(stage.cold_s for stage in stages)
-    rec["memory"]["peak_mib"] = max([f.memory["train"] or 0 for s in stages for f in s.figures], default=None)
+    rec["memory"]["peak_mib"] = max((m for s in stages for f in s.figures if (m := f.mib("train"))), default=None)
     rec |= {"rows": [show.row(f, s.at) for s in stages for f in s.figures], "failed_rows": failed,
             "ratios": [{"at": s.at, **c.record()} for s in stages for c in s.found],
             "rounds": sum(s.rounds for s in stages), "steps_a_round": stages[0].steps if stages else None,

@@ -2,7 +2,8 @@
 it (weights, optimiser, data, libraries). `python -m implicit_bench.bench.memory` is that process's program.
 
 On a CPU it is the resident set's high-water mark, under the allocator's policy without its padding; on CUDA torch's
-own count, taken in the process that times.
+own count, taken in the process that times. Read several times: on a CPU one step's reading is up to a quarter off the
+next one's, by what the allocator had left where.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from .. import config, machine
 from ..terminal import Bar
 from .rows import Row
 
-Peak = dict[str, float | None]  # of train and predict, MiB
-NOTHING: Peak = {"train": None, "predict": None}
+READINGS = 3
+Peak = dict[str, list[float]]  # of train and predict, MiB; empty where it is not known
+NOTHING: Peak = {"train": [], "predict": []}
 
 
 def peaks(rows: Sequence[Row], weights: Sequence[Path | None]) -> tuple[list[Peak], dict[str, str]]:
@@ -34,7 +36,7 @@ def peaks(rows: Sequence[Row], weights: Sequence[Path | None]) -> tuple[list[Pea
     if not rows:
         return [], {}
     if rows[0].device.torch.type == "cuda":
-        return [_peak(row, _cuda) for row in rows], {}
+        return _told(rows, [_tried(row, _cuda) for row in rows])
     asked = json.dumps([[row.job.config, path and str(path)] for row, path in zip(rows, weights)])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
            "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}  # its splinters would count  # fmt: skip
@@ -56,8 +58,19 @@ def peaks(rows: Sequence[Row], weights: Sequence[Path | None]) -> tuple[list[Pea
             process.kill()
             raise
     found += [{"error": "the process that measures memory ended early"}] * (len(rows) - len(found))
+    return _told(rows, found)
+
+
+def _told(rows: Sequence[Row], found: Sequence[Any]) -> tuple[list[Peak], dict[str, str]]:
     failed = {row.label: str(f["error"]) for row, f in zip(rows, found) if "error" in f}
     return [NOTHING if "error" in f else f for f in found], failed
+
+
+def _tried(row: Row, measure: Callable[[Row, Callable[[], Any]], float | None]) -> Any:
+    try:
+        return _peak(row, measure)
+    except Exception as error:
+        return {"error": machine.told(error)}
 
 
 def _cuda(row: Row, work: Callable[[], Any]) -> float:
@@ -80,7 +93,7 @@ def _resident(row: Row, work: Callable[[], Any]) -> float | None:
 
 
 def _peak(row: Row, measure: Callable[[Row, Callable[[], Any]], float | None]) -> Peak:
-    """Of second calls: the first makes the optimiser's moments and the libraries' own memory."""
+    """Of calls after the first, which makes the optimiser's moments and the libraries' own memory."""
     x, y = row.batch(0)
 
     def predict() -> None:
@@ -89,14 +102,17 @@ def _peak(row: Row, measure: Callable[[Row, Callable[[], Any]], float | None]) -
 
     with row.unchanged():
         row.step(x, y)
-        row.model.zero_grad(set_to_none=True)
-        found = {"train": measure(row, lambda: row.step(x, y))}
+        steps = []
+        for _ in range(READINGS):
+            row.model.zero_grad(set_to_none=True)
+            steps.append(measure(row, lambda: row.step(x, y)))
         row.model.zero_grad(set_to_none=True)
         row.model.eval()
         predict()
-        found["predict"] = measure(row, predict)
+        predictions = [measure(row, predict) for _ in range(READINGS)]
         row.model.train()
-    return found
+    return {"train": [mib for mib in steps if mib is not None],
+            "predict": [mib for mib in predictions if mib is not None]}  # fmt: skip
 
 
 def main() -> None:
@@ -116,7 +132,7 @@ def main() -> None:
                 row = Row("", config.Composed(cfg, {}), data, device)
                 if weights:
                     row.put(torch.load(weights, weights_only=True))
-                print(json.dumps(_peak(row, _resident)), flush=True)
+                print(json.dumps(_tried(row, _resident)), flush=True)
             except BaseException as error:
                 print(json.dumps({"error": machine.told(error)}), flush=True)
             os._exit(0)

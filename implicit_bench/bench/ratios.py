@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -43,7 +44,7 @@ class Figures:
     solver: Mapping[str, Any]
     adjoint: str
     ends_at_residual: bool
-    memory: Mapping[str, float | None] = field(default_factory=dict)  # MiB of train and predict
+    memory: Mapping[str, Sequence[float]] = field(default_factory=dict)  # readings of train and predict, MiB
     flops: float | None = None  # of a training step
     val_acc: float | None = None
     val_n: int = 0  # the images that val_acc is of
@@ -53,6 +54,9 @@ class Figures:
 
     def median(self, measure: str) -> float:
         return clock.summary(self.times[measure])["median"]
+
+    def mib(self, of: str) -> float | None:
+        return median(self.memory[of]) if self.memory.get(of) else None
 
     @property
     def f_calls(self) -> float:
@@ -188,8 +192,12 @@ def _single(value: float, word: str) -> Ratio:
 
 
 def _memory(a: Figures, b: Figures) -> Ratio:
-    mib = [row.memory.get("train") for row in (a, b)]
-    return _single(mib[0] / mib[1] if mib[0] and mib[1] else math.nan, "measured once")
+    """Of median readings; the interval is all that a reading of one over a reading of the other can be."""
+    x, y = a.memory.get("train", []), b.memory.get("train", [])
+    if not (x and y and min(*x, *y) > 0):
+        return _single(math.nan, "")
+    low, high = min(x) / max(y), max(x) / min(y)
+    return Ratio(median(x) / median(y), low, high, min(len(x), len(y)), verdict(low, high))
 
 
 def _errors(a: Figures, b: Figures) -> Ratio:

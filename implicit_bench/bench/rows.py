@@ -31,8 +31,6 @@ class Row:
         parts = config.build(job.config)
         self.name: str = job.config["model"]["name"]
         self.model = device.place(parts.model)
-        if device.compile:
-            self.model.layer.cell.compile()
         self.whole, self.recipe = parts.recipe, replace(parts.recipe, pretrain_steps=0)  # such steps solve nothing
         self.order = data.order(len(data.train), job.config["seed"], 1)
         try:
@@ -57,7 +55,7 @@ class Row:
         return sum(self.model.parameter_counts().values())
 
     def figures(self, times: Mapping[str, Sequence[float]], price: Prices,
-                memory: Mapping[str, float | None], own_ms: float | None = None) -> Figures:  # fmt: skip
+                memory: Mapping[str, Sequence[float]], own_ms: float | None = None) -> Figures:  # fmt: skip
         residual = isinstance(self.model.layer.stop, Residual)
         return Figures(self.label, self.job.label or self.name, self.name, times, self.tally.means(), price,
                        self.parameters, self.job.config["solver"], type(self.model.layer.adjoint).__name__.lower(),

@@ -23,12 +23,13 @@ def row(f: Figures, at: int | None) -> dict[str, Any]:
     times = {f"{name}_ms": clock.summary(values) for name, values in f.times.items() if name != "nfe"}
     return {"label": f.label, "model": f.model, **({} if at is None else {"at": at}), "params": f.parameters,
             "solve": dict(f.means), "timing": times, "unit_ms": f.price._asdict(), "floor_ms": f.floor_ms,
-            "own_ms": f.own_ms, "val_acc": f.val_acc, "memory": {f"{k}_mib": v for k, v in f.memory.items()},
+            "own_ms": f.own_ms, "val_acc": f.val_acc,
+            "memory": {f"{k}_mib": f.mib(k) for k in f.memory} | {f"{k}_mib_readings": f.memory[k] for k in f.memory},
             "flops": {"step": f.flops}}  # fmt: skip
 
 
 def cells(f: Figures) -> list[str]:
-    train, mib = f.median("train"), f.memory.get("train")
+    train, mib = f.median("train"), f.mib("train")
     speed = f.flops and f.flops / train / 1e6
     return [f.label, f"{f.parameters:,}", number(train), number(f.median("backward")), number(f.median("predict")),
             f"{f.f_calls:.1f}/{f.means['nfe_backward']:.1f}",
@@ -38,8 +39,9 @@ def cells(f: Figures) -> list[str]:
 
 
 def line(c: Comparison) -> ratios.Line:
-    low, high = (c.ratio.low, c.ratio.high) if c.ratio.n >= clock.MIN_ROUNDS else (None, None)
     value = c.ratio.value if c.ratio.value == c.ratio.value else None
+    sure = value is not None and (c.ratio.n >= clock.MIN_ROUNDS or c.measure == "memory")
+    low, high = (c.ratio.low, c.ratio.high) if sure else (None, None)
     return ratios.Line(c.id, c.slower.label, c.faster.label, c.measure, value, low, high, c.ratio.verdict, c.paper,
                        c.caveats)  # fmt: skip
 
@@ -65,8 +67,8 @@ def show(rows: Sequence[Row], stages: Sequence[Stage], failed: Mapping[str, str]
         say("say", f'"{ratios.sentence(line(c))}{beside(s, c)}"')
     (folder / "table.md").write_text("\n".join([*markdown, *(f"- {label}: {text}" for label, text in head)]) + "\n")
     batch = rows[0].recipe.batch
-    bars = [(f"{c.title}{_point(s)}", c.ratio.value, c.ratio.low, c.ratio.high)
-            for s, c in found if c.measure in ("train", "backward", "predict")]  # fmt: skip
+    drawn = [(f"{c.title}{_point(s)}", line(c)) for s, c in found if c.measure in ("train", "backward", "predict")]
+    bars = [(title, one.value, one.low or one.value, one.high or one.value) for title, one in drawn if one.value]
     if bars:
         plots.ratio_bars([folder / "speedup.svg"], plots.WIDE, bars, f"{rec['data']['name']}, batch {batch}, "
                            f"{stages[0].rounds} paired rounds, {rec['environment'].get('cpu')}")  # fmt: skip

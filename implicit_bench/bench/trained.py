@@ -92,7 +92,8 @@ def put(row: Row, k: int | None, of: Row) -> None:
     path = where(of, k)
     row.still = torch.load(path, map_location=row.device.torch, weights_only=True) if path else of.initial
     if run := row.still.get("progress"):  # a checkpoint of `train`
-        row.val_acc, row.val_n = run["last"].get("metrics.val_acc"), len(row.data.val)
+        row.val_acc = run["last"].get("metrics.val_acc")
+        row.val_n = len(row.data.val.first(row.recipe.eval_images))
     else:
         row.val_acc, row.val_n = row.still.get("val_acc"), row.still.get("val_n", 0)
     row.put(row.still)

@@ -13,9 +13,10 @@ from . import tables
 
 COLUMNS = ["id", "pair", "measure", "ratio", "95 %", "verdict", "paper", "caveat"]
 VERBS = {"train": "trains", "backward": "runs its backward", "predict": "predicts", "step": "takes a training step",
-         "epochs": "trains as many epochs", "accuracy": "reaches the same accuracy", "nfe": "needs", "errors": "makes",
-         "spread": "shows"}  # fmt: skip
+         "epochs": "trains as many epochs", "accuracy": "reaches the same accuracy", "nfe": "needs", "memory": "takes",
+         "errors": "makes", "spread": "shows"}  # fmt: skip
 WORDS = {"nfe": {"faster": "fewer evaluations", "slower": "more evaluations"},  # where it is no time
+         "memory": {"faster": "less memory", "slower": "more memory"},
          "errors": {"faster": "fewer errors", "slower": "more errors"},
          "spread": {"faster": "less spread over seeds", "slower": "more spread over seeds"}}  # fmt: skip
 

@@ -136,8 +136,6 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: P
             synchronised(model)
             if not world().first:  # masks of its own for each one's images
                 torch.manual_seed(int(torch.randint(2**62, ())) + world().rank)
-        if device.compile:
-            model.layer.cell.compile()
         counts = model.parameter_counts()
         rec["params"] = {"total": sum(counts.values()), "by_part": counts}
         rec["data"] = data.facts()

@@ -124,7 +124,7 @@ class Fit:
                 if at.cold_s is None:
                     at.cold_s = time.perf_counter() - began
                 bar.at(step.taken, lambda: self._live(tally, (time.perf_counter() - began) / (step.taken - first)))
-                if step.taken - first == COLD_STEPS:
+                if at.epoch == 1 and at.batch == step.taken - first == COLD_STEPS:  # of a run from its beginning
                     self._warn_if_long((time.perf_counter() - began - at.cold_s) / (COLD_STEPS - 1), say)
                 if step.taken % self.log_steps == 0:
                     self._row(_named(tally.of_all().means()))
@@ -141,8 +141,8 @@ class Fit:
             self.save(tally)  # in the midst of an epoch, which goes on when `run` is called again
             return
         tally = tally.of_all()
-        whole = steps == min(self.steps_an_epoch, self.total)
-        self._close_epoch(tally, bar, time.perf_counter() - began - saving if whole else None)
+        whole = time.perf_counter() - began - saving if at.batch == steps else None  # by one call
+        self._close_epoch(tally, bar, whole)
 
     def _close_epoch(self, tally: Tally, bar: Bar, seconds: float | None) -> None:
         at, data = self.at, self.data

@@ -121,10 +121,7 @@ class Step:
         depth = self.recipe.pretrain_depth if self.taken < self.recipe.pretrain_steps else 0
         self.timer.start()
         with self.device.autocast():
-            out: Output = self.model(x, depth)
-            loss = task = nnf.cross_entropy(out.logits, y)
-            for penalty in self.penalties:
-                loss = loss + penalty(out.layer, lambda z: nnf.cross_entropy(self.model.head(z), y))
+            loss, task, out = self.loss(x, y, depth)
         self.timer.lap("forward")
         self.model.zero_grad(set_to_none=True)
         if (size := world().size) > 1:
@@ -158,13 +155,22 @@ class Step:
             )
         return task, out
 
+    def loss(self, x: Tensor, y: Tensor, depth: int = 0) -> tuple[Tensor, Tensor, Output]:
+        """What is minimised, the task's part of it, and the model's output; `depth` as in models.Classifier."""
+        out: Output = self.model(x, depth)
+        loss = task = nnf.cross_entropy(out.logits, y)
+        for penalty in self.penalties:
+            loss = loss + penalty(out.layer, lambda z: nnf.cross_entropy(self.model.head(z), y))
+        return loss, task, out
+
 
 def count_flops(step: Step, x: Tensor, y: Tensor) -> int:
-    """Floating-point operations of one forward and backward, counted by torch (2 a multiply-add)."""
+    """Floating-point operations of one forward and backward of a step that solves, counted by torch (2 a
+    multiply-add)."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with counter:
-        nnf.cross_entropy(step.model(x).logits, y).backward()
+        step.loss(x, y)[0].backward()
     step.model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 

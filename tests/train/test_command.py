@@ -220,9 +220,35 @@ def test_a_corrupt_record_is_named_and_kept(tmp_path):
     assert (first.folder / "record.json").read_text().endswith('"ru')
 
 
-def test_an_hour_is_announced_after_ten_steps(tmp_path, capsys):
+def test_the_epoch_that_ends_with_the_steps_is_timed_and_one_in_two_parts_is_not(tmp_path, monkeypatch):
+    words = "recipe.epochs=2", "recipe.batch=100", "recipe.max_steps=17"  # epochs of 12 steps
+    folder = jobs.run(tmp_path, *words).folder
+    whole = [row["timing.epoch_s"] for row in read_jsonl(folder / "metrics.jsonl") if "epoch" in row]
+    assert len(whole) == 2
+    assert all(seconds > 0 for seconds in whole)
+    real = loop.Step.__call__
+
+    def stopping(self, x, y):
+        if self.taken == 14:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, x, y)
+
+    monkeypatch.setattr(loop.Step, "__call__", stopping)
+    assert jobs.run(tmp_path, *words, "seed=1").exit_code == 130
+    monkeypatch.setattr(loop.Step, "__call__", real)
+    folder = jobs.run(tmp_path, *words, "seed=1").folder
+    first, second = (row["timing.epoch_s"] for row in read_jsonl(folder / "metrics.jsonl") if "epoch" in row)
+    assert first > 0
+    assert second is None
+
+
+def test_an_hour_is_announced_after_ten_steps_of_a_run(tmp_path, capsys, monkeypatch):
     jobs.run(tmp_path, "recipe.epochs=1", "recipe.max_steps=11")
     assert "length=short" not in capsys.readouterr().err
+    monkeypatch.setattr(loop.Fit, "_warn_if_long", lambda self, step_s, say: say("HOURS"))
+    jobs.run(tmp_path, "recipe.epochs=2", "seed=1")
+    assert capsys.readouterr().err.count("HOURS") == 1  # not with each epoch
+    monkeypatch.undo()
     fit = loop.Fit.__new__(loop.Fit)
     fit.end, fit.steps_an_epoch, fit.step = 100_000, 1000, type("S", (), {"taken": 10})
     fit.recipe = type("R", (), {"batch": 64})
