@@ -1,4 +1,5 @@
-"""Every committed table and figure, and README's claims, anew from the records in results/.
+"""Every committed table and figure, and README's claims, anew from the records in results/; and the ratios of benches
+anew from their rounds, where those are there.
 
 usage: python scripts/results.py            says what differs from what is committed, and then ends with 1
        python scripts/results.py --write    writes it
@@ -6,12 +7,17 @@ usage: python scripts/results.py            says what differs from what is commi
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import page
 
+from implicit_bench import clock
+from implicit_bench.compare.rows import Run
+from implicit_bench.jsonl import read_jsonl
 from implicit_bench.table import cells
 from implicit_bench.table.command import write
 from implicit_bench.table.report import measured, sections
@@ -38,6 +44,28 @@ def texts(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found if path.suffix in COMPARED}
 
 
+def retold(run: Run) -> tuple[int, list[str]]:
+    """How many ratios of a bench its rounds tell, and those of which they tell another."""
+    rounds, wrong, n = list(read_jsonl(run.history)), [], 0
+    for r in run.record["ratios"]:
+        at = [row for row in rounds if row.get("at") == r["at"] and {r["numerator"], r["denominator"]} <= row.keys()]
+        times = [[row[r[side]].get(r["measure"]) for row in at] for side in ("numerator", "denominator")]
+        if not at or None in times[0] + times[1]:  # memory, logits, errors are of no rounds
+            continue
+        n += 1
+        again = clock.ratio(*times)
+        if again.n != r["n"] or not all(math.isclose(getattr(again, key), r[key], rel_tol=1e-6)
+                                        for key in ("value", "low", "high")):  # fmt: skip
+            wrong.append(f"{run.name}: {r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}")
+    return n, wrong
+
+
+def rounds_of(everything: Sequence[Run]) -> tuple[int, list[str]]:
+    benches = [run for run in everything if run.record["command"] == "bench" and run.history.exists()]
+    found = [retold(run) for run in benches]
+    return sum(n for n, _ in found), [line for _, lines in found for line in lines]
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as name, manners(True, "text"):
         readme = build(Path(name))
@@ -54,10 +82,12 @@ def main() -> int:
     wrong = sorted(path for path in made.keys() | committed.keys() if made.get(path) != committed.get(path))
     wrong = [f"{RESULTS.name}/{path}" for path in wrong]
     wrong += ["README.md"] if readme != README.read_text("utf-8") else []
-    for path in wrong:
+    ratios, false = rounds_of(cells.read([RESULTS]))
+    for path in wrong + false:
         print(f"differs {path}", file=sys.stderr)
-    print(f"{len(made) + 1 - len(wrong)} of {len(made) + 1} files are what the records say")
-    return int(bool(wrong))
+    print(f"{len(made) + 1 - len(wrong)} of {len(made) + 1} files are what the records say, {ratios - len(false)} of "
+          f"{ratios} ratios what their rounds say")  # fmt: skip
+    return int(bool(wrong + false))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,13 @@ def test_every_command_composes(command, words):
     compose(command, shlex.split(words))
 
 
+def test_the_refusal_that_is_shown_is_that_of_the_committed_records(monkeypatch, capsys):
+    command, _, said = re.search(r"\n\$ (implicit-bench compare [^\n]*)(\n)(.*?)\n```", README, re.S).groups()
+    monkeypatch.chdir(ROOT)
+    assert main(shlex.split(command)[1:]) == 2
+    assert capsys.readouterr().err.split() == said.split()
+
+
 # What a fenced block of a page may be: Python and YAML, each below the name of its file, and lines for a shell.
 BLOCK = re.compile(r"([^\n]*)\n\n```(\w*)\n(.*?)\n```", re.S)
 ADD = sorted(ROOT.glob("docs/add-*.md"))

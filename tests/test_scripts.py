@@ -3,9 +3,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from implicit_bench import clock
+from implicit_bench.compare.rows import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,6 +84,24 @@ def test_what_differs_from_the_records_is_told(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["results.py"])
     assert results.main() == 0
     assert "not testable here" in (tmp_path / "README.md").read_text()
+
+
+def test_a_benchs_ratios_are_made_anew_from_its_rounds(tmp_path):
+    results = module_of("results")
+    rounds = [{"step": k, "at": 5, "a": {"train": 3.0 + k % 2, "nfe": 4.0}, "b": {"train": 2.0, "nfe": 2.0}}
+              for k in range(40)]  # fmt: skip
+    (tmp_path / "x.metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rounds))
+    pair = {"at": 5, "id": "R1", "numerator": "a", "denominator": "b"}
+    said = [{**pair, "measure": measure, **asdict(clock.ratio([row["a"][measure] for row in rounds], [2.0] * 40))}
+            for measure in ("train", "nfe")]  # fmt: skip
+    memory = {**pair, "measure": "memory", "value": 1.0, "low": 1.0, "high": 1.0, "n": 3}
+
+    def told(ratios):
+        return results.retold(Run("x", {"ratios": [*ratios, memory]}, "done", tmp_path))
+
+    assert told(said) == (2, [])
+    assert told([{**said[0], "low": said[0]["low"] * 1.001}, said[1]]) == (2, ["x: R1 a / b, train"])
+    assert told([said[0], {**said[1], "n": 39}]) == (2, ["x: R1 a / b, nfe"])
 
 
 def test_the_page_on_faithfulness_shows_the_committed_figures():

@@ -378,6 +378,14 @@ def test_published_records_fill_the_table_without_the_runs(here, capsys):
     path = put(here, "deq", 0)
     run = Run(path.name, record.read_record(path), "done", path)
     publish([run], here / "results")
+    [copied] = here.glob("results/*/deq-*.metrics.jsonl")
+    assert len(copied.read_text().splitlines()) == 4  # the epochs
+    id = bench(here, [("R1", "neural_ode", "cdeq", "train", 2.5, 2.4, 2.6)])
+    folder = here / f"runs/bench-{id}"
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    publish([Run(folder.name, record.read_record(folder), "done", folder)], here / "results")
+    [copied] = here.glob("results/*/bench-*.metrics.jsonl")
+    assert copied.read_text() == (folder / "metrics.jsonl").read_text()  # the rounds
     capsys.readouterr()
     _, (with_runs, _) = asked(capsys)
     _, (without, _) = asked(capsys, "records=results")
@@ -388,30 +396,40 @@ def test_published_records_fill_the_table_without_the_runs(here, capsys):
 # ------------------------------------------------------------------------------------------------------------ claims
 
 
-def found(*intervals, measure="train", verdict="faster", caveats=()):
+def found(*intervals, measure="train", verdict="faster", caveats=(), table="t", n=60):
     """Ratios of one record, by (low, high)."""
-    ratios = [{"measure": measure, "value": (low + high) / 2, "low": low, "high": high, "verdict": verdict, "n": 60,
+    ratios = [{"measure": measure, "value": (low + high) / 2, "low": low, "high": high, "verdict": verdict, "n": n,
                "caveats": list(caveats), "numerator": "a", "denominator": "b"} for low, high in intervals]  # fmt: skip
-    return [verdicts.Found("t", "sound", "box", None, ratio, None) for ratio in ratios]
+    return [verdicts.Found(table, "sound", "box", None, ratio, None) for ratio in ratios]
 
 
 @pytest.mark.parametrize(
-    ("ratios", "word"),
-    [(found((2.1, 2.5), (1.8, 2.0)), "holds"), (found((2.1, 2.5), (1.1, 1.9)), "partly"), (found((1.1, 1.9)), "partly"),
-     (found((2.1, 2.5), (0.8, 1.2)), "partly"), (found((0.8, 1.2)), "fails"), (found((0.5, 0.8)), "fails"),
-     ([], "not testable here"), (found((2.1, 2.5), caveats=["cdeq not converged"]), "not testable here"),
-     (found((2.1, 2.5), verdict="too few rounds"), "not testable here"),
-     (found((0.0, 0.0), measure="logits", verdict="equal"), "holds"),
-     (found((1.0, 1.0), measure="logits", verdict="not equal"), "fails")],
+    ("ratios", "said"),
+    [(found((2.1, 2.5), (1.8, 2.0)), "holds on t"),
+     (found((2.1, 2.5), (1.1, 1.9)), "partly on t: above 1, 1 of 2 reach 2×"),
+     (found((1.1, 1.9)), "partly on t: above 1, none reaches 2×"),
+     (found((2.1, 2.5), (0.8, 1.2)), "partly on t: 1 of 2 above 1"),
+     (found((0.8, 1.2)), "fails on t"), (found((0.5, 0.8)), "fails on t"),
+     (found((1.1, 1.9)) + found((3, 4), table="u", caveats=["cdeq not converged"]),
+      "partly on t alone: above 1, none reaches 2×"),
+     (found((2.1, 2.5)) + found((3, 4), table="u"), "holds on t, u"),
+     ([], "not testable here "), (found((2.1, 2.5), caveats=["cdeq not converged"]), "not testable here "),
+     (found((2.1, 2.5), verdict="too few rounds"), "not testable here "),
+     (found((2.5, 2.5), measure="memory", n=1), "not testable here "),  # it varies from step to step
+     (found((2.1, 2.5), measure="memory", n=3), "holds on t"),
+     (found((0.0, 0.0), measure="logits", verdict="equal"), "holds on t"),
+     (found((1.0, 1.0), measure="logits", verdict="not equal"), "fails on t")],
 )  # fmt: skip
-def test_a_word_for_a_claim_of_twice_as_fast(ratios, word):
-    assert verdicts.verdict({"least": 2.0}, ratios) == word
+def test_a_word_for_a_claim_of_twice_as_fast_and_what_it_rests_on(ratios, said):
+    assert " ".join(verdicts.verdict({"least": 2.0}, ratios)) == said
 
 
 def test_a_claim_of_likeness_is_refuted_by_what_is_below_one_alone():
     pairs = (0.4, 9), (2, 9), (0.2, 0.7)
-    words = [verdicts.verdict({"equal": True}, found(pair, measure="spread")) for pair in pairs]
+    words = [verdicts.verdict({"equal": True}, found(pair, measure="spread"))[0] for pair in pairs]
     assert words == ["holds", "holds", "fails"]
+    both = verdicts.verdict({"equal": True}, found(pairs[0], pairs[2], measure="spread"))
+    assert both == ("partly", "on t: 1 of 2 not below 1")
 
 
 def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, capsys):
@@ -452,6 +470,27 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     assert "cdeq / skip_cdeq train 7.00×" not in out
 
 
+def test_a_comparison_of_trainings_tells_of_a_claim_too(here, capsys):
+    labels = {"experiment": "mdeq_fashion"}
+    for seed in (0, 1):
+        put(here, "neural_ode", seed, step_ms=30.0 + seed, converged=None, **labels)
+        put(here, "cdeq", seed, **labels)
+    assert main(["compare", "base=neural_ode", "against=cdeq", "logger=none"]) == 0
+    [folder] = here.glob("runs/compare-*")
+    capsys.readouterr()
+    _, rows = asked(capsys, table="claims")
+    told = {row["measure"]: row for row in rows if row["id"] == "R1"}
+    assert told["step"]["record"] == folder.name[-10:]
+    assert told["step"]["verdict"] == "partly"
+    assert float(told["step"]["value"]) == pytest.approx(math.sqrt(3.0 * 3.1))
+    assert main(["report"]) == 0  # which has the machines of all
+    capsys.readouterr()
+    rec = record.read_record(folder)
+    del rec["config"]["gpu"]  # as it was once
+    record.write_record(folder, rec)
+    assert asked(capsys, table="claims")[1] == rows
+
+
 def test_every_claim_of_the_file_is_one_that_ratios_have():
     from implicit_bench.bench import claims
 
@@ -468,6 +507,11 @@ def test_a_bar_is_the_time_over_the_vanilla_rows_and_a_slip_is_told(here, capsys
     skip, _, ode, large, *_ = rows
     assert [float(skip[k]) for k in ("value", "low", "high")] == [0.8, 0.5, 1.0]
     assert [float(ode[k]) for k in ("value", "low", "high")] == [3, 2, 4]
+    for name, box, caveats in (("sure", "box", []), ("shy", "slow box", ["cdeq not converged"])):
+        bench(here, [("R4", "cdeq", "skip_cdeq", "train", 2 + len(caveats), 1.9, 3.1, {"at": 5, "caveats": caveats})],
+              table="cdeq_cifar10_small", name=name, hardware=box)  # fmt: skip
+    _, (skip, *_) = asked(capsys, table="cdeq_fig1")
+    assert float(skip["value"]) == 0.5  # of solves that converged, where there are some
     assert (skip["the bar is"], large["the bar is"]) == ("", "lower by .200")
     assert sum(row["the bar is"] != "" for row in rows) == 4
 

@@ -94,7 +94,7 @@ def compare(rows: Sequence[Row], top: Path, logger: str | None = None) -> None:
     found = [pair.record(measure) for pair in pairs for measure in pair.measures]
     first = rows[0].first.record
     identity = {"rows": {each.label: {str(s): run.record["run_id"] for s, run in each.runs.items()} for each in rows},
-                "base": rows[0].label, "window": WINDOW, "share": SHARE}  # fmt: skip
+                "base": rows[0].label, "window": WINDOW, "share": SHARE, "gpu": first["config"]["gpu"]}  # fmt: skip
     rec = record.new_record("compare", identity, **{key: first[key] for key in (
         "experiment", "protocol", "length", "data")}, environment={**first["environment"]})  # fmt: skip
     lines = [line(each) for each in found]

@@ -212,9 +212,12 @@ def exactly(mean: float, sd: float | None, scale: int = 1) -> str:
 
 def machine(rec: Mapping[str, Any]) -> str:
     """Where, and how, a record was made: what is never averaged over."""
-    env, gpu = rec["environment"], rec["config"].get("gpu") or rec["config"]["rows"][0]["gpu"]
+    env, cfg = rec["environment"], rec["config"]
+    rows = cfg["rows"] if rec["command"] == "bench" else ()
+    gpu = cfg.get("gpu") or (rows[0]["gpu"] if rows else {})  # older records of `compare` have none
+    dtype = gpu.get("dtype", "float32")
     words = [env["hardware"], count(env["threads"], "thread") if not env["gpu"] else "",
-             gpu["dtype"] if gpu["dtype"] != "float32" else "", "compiled" if gpu["compile"] else ""]  # fmt: skip
+             dtype if dtype != "float32" else "", "compiled" if gpu.get("compile") else ""]  # fmt: skip
     return ", ".join(word for word in words if word)
 
 
@@ -227,14 +230,12 @@ def read(dirs: Sequence[Path]) -> list[Run]:
                 continue
             raise RecordError(f"no folder {top} to read records from")
         for path in record.record_files(top):
-            if path.name.startswith("attempt-"):
-                continue
             rec = {**record.read_record(path), "folder": path.parent}
             if lack := _lack(rec):
                 if rec["status"] == "done":
                     raise RecordError(f"{path} has no {lack}, which a table reads; take it away, or copy it anew")
                 continue  # it ended before it knew
-            name = record.name_of(path.parent if path.name == "record.json" else path)
+            name = record.name_of(path)
             key = rec["run_id"], rec["environment"]["hardware"] or ""
             if key not in found or (rec["status"] == "done" and found[key].state != "done"):
                 found[key] = Run(name, rec, state(rec), path.parent)

@@ -306,7 +306,7 @@ def references(configs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def publish(runs: Any, results: Path) -> None:
-    """Copy records, and of their metrics the rows of whole epochs, to results/HARDWARE/."""
+    """Copy records, and of their metrics the rows of whole epochs or, of a bench, its rounds, to results/HARDWARE/."""
     count = 0
     for run in runs:
         source = run.folder / "record.json"
@@ -317,7 +317,8 @@ def publish(runs: Any, results: Path) -> None:
         shutil.copyfile(source, folder / f"{run.name}.record.json")
         if (seen := run.folder / "eval/test.json").exists():
             shutil.copyfile(seen, folder / f"{run.name}.eval.json")
-        rows = [row for row in read_jsonl(run.folder / "metrics.jsonl") if "epoch" in row]
+        rounds = run.record["command"] == "bench"
+        rows = [row for row in read_jsonl(run.folder / "metrics.jsonl") if rounds or "epoch" in row]
         if rows:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{run.name}.metrics.jsonl").write_text(text, encoding="utf-8")

@@ -140,14 +140,15 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
     for claim in table.lines:
         found = {p: verdicts.ratios(everything, claim.get("ratios", ()), p, claim.get("tables", ()))
                  for p in ("sound", "faithful")}  # fmt: skip
-        word = verdicts.verdict(claim, found["sound"])
+        word, because = verdicts.verdict(claim, found["sound"])
         told = {p: verdicts.told(each) for p, each in found.items()}
-        why = claim.get("why", "not run")
-        here, theirs = "<br>".join(told["sound"]) or why, "<br>".join(told["faithful"])
-        rows.append([claim["id"], word, claim["says"], str(claim.get("paper", "")), here, theirs])
+        why = [claim["why"]] if "why" in claim else [] if any(told.values()) else ["not run"]
+        here, theirs = "<br>".join([*told["sound"], *why]), "<br>".join(told["faithful"])
+        verdict = f"{word} {because}".strip()
+        rows.append([claim["id"], verdict, claim["says"], str(claim.get("paper", "")), here, theirs])
         paper = f" (paper {claim['paper']})" if "paper" in claim else ""
-        below = [(f"{p:9} ", line) for p, lines in told.items() for line in lines] or [("", why)]
-        blocks.append(([claim["id"], word, f"{claim['says']}{paper}"], below))
+        below = [("", because)] * bool(because) + [(f"{p:9} ", line) for p, lines in told.items() for line in lines]
+        blocks.append(([claim["id"], word, f"{claim['says']}{paper}"], below + [("", line) for line in why]))
         plain += [[claim["id"], claim["says"], claim.get("paper"), word, p, f.table, f.at, f.hardware,
                    f.ratio["numerator"], f.ratio["denominator"], f.ratio["measure"], f.ratio["value"], f.ratio["low"],
                    f.ratio["high"], f.ratio["n"], "; ".join(f.ratio["caveats"]), f.run.record["run_id"]]
@@ -179,11 +180,11 @@ def of_bars(table: Table, everything: Sequence[Run], protocol: str) -> Grid:
                 if line["row"] in (f.ratio["numerator"], f.ratio["denominator"])]  # fmt: skip
         said, values = "not run", [None, None, None]
         if fits:
-            r, used[fits[-1].run.record["run_id"]] = fits[-1].ratio, fits[-1].run
+            r, used[fits[0].run.record["run_id"]] = fits[0].ratio, fits[0].run
             up = r["numerator"] == line["row"]
             values = [r["value"], r["low"], r["high"]] if up else [1 / r[k] for k in ("value", "high", "low")]
-            between = "" if fits[-1].hasty else f" [{values[1]:.2f}, {values[2]:.2f}]"
-            said = f"{values[0]:.2f}{between}{fits[-1].but}"
+            between = "" if fits[0].hasty else f" [{values[1]:.2f}, {values[2]:.2f}]"
+            said = f"{values[0]:.2f}{between}{fits[0].but}"
         quotient, bar = line["table"], line["bar"]
         slip = "lower by .200" if round(quotient - bar, 2) == 0.2 else ""
         rows.append([line["of"], line["row"], line["measure"], f"{bar:.3f}", f"{quotient:.3f}", slip, said])
@@ -214,6 +215,7 @@ def of_board(table: Table, measured: Mapping[str, tuple[float, float | None, int
         plain.append([line["model"], line.get("params"), line.get("augmented"), acc, sd, n, source, line.get("note")])
     order = sorted(range(len(rows)), key=lambda i: -(plain[i][3] or 0))
     heads = ["model", "params", "augmented", "test acc %", "source", ""]
-    notes = ["published accuracies are as their papers have them, mostly the best epoch's; ours is the last epoch's"]
+    notes = ["published accuracies are as the source has them, those of arXiv 2201.12240 the best epoch's; ours is the "
+             "last epoch's"]  # fmt: skip
     return Grid(table.title, heads, [rows[i] for i in order], [*heads[:3], "acc", "sd", "n", "source", "note"],
                 [plain[i] for i in order], notes, used, spare=[[5], [2], [4], [1]])  # fmt: skip

@@ -191,8 +191,8 @@ def _bars(run: Run, at: int) -> list[tuple[str, float, float, float]]:
     ratios = [r for r in run.record["ratios"] if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["value"]
               and r["id"] != "peer"]  # fmt: skip
     return [(f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}{'*' * verdicts.shy(r)}"
-             .removeprefix("– "), r["value"], r["low"] or r["value"], r["high"] or r["value"])
-            for r in ratios]  # fmt: skip
+             .removeprefix("– "), r["value"], *((r["low"], r["high"]) if r["low"] and not verdicts.hasty(r)
+                                                else (r["value"],) * 2)) for r in ratios]  # fmt: skip
 
 
 def _trainings(everything: Sequence[Run], tables: Sequence[Measured]) -> dict[str, list[cells.Line]]:

@@ -16,6 +16,11 @@ def shy(ratio: Mapping[str, Any]) -> bool:
     return any(SHY in caveat for caveat in ratio["caveats"])
 
 
+def hasty(ratio: Mapping[str, Any]) -> bool:
+    """Of too few rounds for an interval."""
+    return "few rounds" in ratio["verdict"]
+
+
 class Found(NamedTuple):
     """One ratio of one record, at the last point of training that it was measured at."""
 
@@ -28,12 +33,14 @@ class Found(NamedTuple):
 
     @property
     def settled(self) -> bool:
-        """Of solves that converged, and with an interval, unless it is of a kind that has none."""
-        return self.ratio["low"] is not None and not self.hasty and not self.shy
+        """Of solves that converged, and with an interval, unless it is of a kind that has none. One reading of memory,
+        as records of before it was read several times have it, is neither."""
+        once = self.ratio["measure"] == "memory" and self.ratio["n"] == 1
+        return self.ratio["low"] is not None and not self.hasty and not self.shy and not once
 
     @property
     def hasty(self) -> bool:
-        return "few rounds" in self.ratio["verdict"]
+        return hasty(self.ratio)
 
     @property
     def shy(self) -> bool:
@@ -92,17 +99,22 @@ def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables:
     return sorted(furthest, key=lambda f: not f.settled)
 
 
-def verdict(claim: Mapping[str, Any], found: Sequence[Found]) -> str:
+def verdict(claim: Mapping[str, Any], found: Sequence[Found]) -> tuple[str, str]:
     """Holds where every settled ratio is above 1 and reaches the claim's lower end with its interval, fails where none
     is above 1, partly in between; a claim of likeness wants none below 1 instead. Of a difference of logits, as the
-    record says. Nothing settled: not testable here."""
+    record says. Nothing settled: not testable here. And what makes it so: how many do, in which tables."""
     settled = [each for each in found if each.settled]
     if not settled:
-        return WORDS[3]
+        return WORDS[3], ""
+    alike, least = claim.get("equal", False), claim.get("least", 1.0)
     if settled[0].ratio["measure"] == "logits":
-        equal = [each.ratio["verdict"] == "equal" for each in settled]
-        return WORDS[0] if all(equal) else WORDS[1] if any(equal) else WORDS[2]
-    alike = claim.get("equal", False)
-    above = [each.ratio["high"] >= 1 if alike else each.ratio["low"] > 1 for each in settled]
-    reach = [up and each.ratio["high"] >= claim.get("least", 1.0) for up, each in zip(above, settled)]
-    return WORDS[0] if all(reach) else WORDS[1] if any(above) else WORDS[2]
+        above = reach = [each.ratio["verdict"] == "equal" for each in settled]
+    else:
+        above = [each.ratio["high"] >= 1 if alike else each.ratio["low"] > 1 for each in settled]
+        reach = [up and each.ratio["high"] >= least for up, each in zip(above, settled)]
+    word = WORDS[0] if all(reach) else WORDS[1] if any(above) else WORDS[2]
+    short = f"above 1, {'none reaches' if not any(reach) else f'{sum(reach)} of {len(reach)} reach'} {least:g}×"
+    why = short if all(above) else f"{sum(above)} of {len(above)} {'not below' if alike else 'above'} 1"
+    on = sorted({each.table for each in settled})
+    alone = " alone" if len(on) == 1 < len({each.table for each in found}) else ""
+    return word, f"on {', '.join(on)}{alone}" + (f": {why}" if word == WORDS[1] else "")
