@@ -36,7 +36,7 @@ class Claim(NamedTuple):
 
 
 SKIPS, KINDS = ("skip", "skip_reg"), ("", "skip_", "skip_reg_")
-STARTS = ("alternating", "zero", "data_mean")
+STARTS = ("alternating", "zero", "data_mean", "f_zero")
 MATCHED = ("neural_ode", "anode", "deq")  # between the stem and the head that homo_ode has
 NATIVE = ("neural_ode native", "anode native", "mdeq_small")  # on networks of their own
 CLAIMS = (

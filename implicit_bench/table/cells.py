@@ -213,8 +213,8 @@ def exactly(mean: float, sd: float | None, scale: int = 1) -> str:
 def machine(rec: Mapping[str, Any]) -> str:
     """Where, and how, a record was made: what is never averaged over."""
     env, cfg = rec["environment"], rec["config"]
-    rows = cfg["rows"] if rec["command"] == "bench" else ()
-    gpu = cfg.get("gpu") or (rows[0]["gpu"] if rows else {})  # older records of `compare` have none
+    rows = cfg.get("rows")  # of `compare` no list; its older records have no gpu either
+    gpu = cfg.get("gpu") or (rows[0]["gpu"] if isinstance(rows, list) else {})
     dtype = gpu.get("dtype", "float32")
     words = [env["hardware"], count(env["threads"], "thread") if not env["gpu"] else "",
              dtype if dtype != "float32" else "", "compiled" if gpu.get("compile") else ""]  # fmt: skip
