@@ -96,25 +96,18 @@ def _no_gc() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class WarmUp:
-    passes: int
     settled: bool  # two successive passes agreed; when False, say so beside the figures
-    cold_s: float  # the first pass: compilation and autotuning are in it
-    times: list[float]  # s, every pass
+    times: list[float]  # s, every pass; compilation and autotuning are in the first
 
 
-def warm_up(run: Callable[[], float | None], *, tolerance: float = 0.02, max_passes: int = 10) -> WarmUp:
-    """Run passes until two successive ones agree within `tolerance`, `max_passes` at most.
-
-    A pass is timed here when `run` returns None (on CUDA it must then synchronise), else it returns its own seconds.
-    """
+def warm_up(run: Callable[[], float], *, max_passes: int = 10) -> WarmUp:
+    """Run passes, each of which returns its seconds, until two in turn agree within 2 %, `max_passes` at most."""
     times: list[float] = []
     while len(times) < max_passes:
-        begin = time.perf_counter()
-        own = run()
-        times.append(time.perf_counter() - begin if own is None else own)
-        if len(times) > 1 and abs(times[-1] - times[-2]) <= tolerance * max(times[-2:]):
-            return WarmUp(len(times), True, times[0], times)
-    return WarmUp(len(times), False, times[0], times)
+        times.append(run())
+        if len(times) > 1 and abs(times[-1] - times[-2]) <= 0.02 * max(times[-2:]):
+            return WarmUp(True, times)
+    return WarmUp(False, times)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Wandb(Sink):
         self._held: list[str] | None = None  # lines that wait for the end
         self._speech = threading.Lock()
         self._run: Any = None
+        self._wandb: Any = None  # the module
         self._jobs: queue.SimpleQueue[Callable[[], Any] | int] = queue.SimpleQueue()  # an exit code ends them
         self._ready = threading.Event()
         identity = self._identity(record, Path(folder), resume, id)
@@ -95,21 +96,14 @@ class Wandb(Sink):
         self._put(lambda: self._run.summary.update(found))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        def job() -> None:
-            import wandb
-
-            self._run.log({slashed(name): wandb.Table(names, data, allow_mixed_types=True)})
-
-        names: list[str | int] = [*columns]
-        data = [list(row) for row in rows]
-        self._put(job)
+        names, data = [*columns], [list(row) for row in rows]
+        self._put(lambda: self._run.log({slashed(name): self._wandb.Table(names, data, allow_mixed_types=True)}))
 
     def image(self, name: str, path: str | Path) -> None:
         def job() -> None:
-            import wandb
-
             drawing = Path(path).suffix in (".svg", ".html")  # W&B's images are bitmaps
-            self._run.log({slashed(name): wandb.Html(Path(path).read_text()) if drawing else wandb.Image(str(path))})
+            shown = self._wandb.Html(Path(path).read_text()) if drawing else self._wandb.Image(str(path))
+            self._run.log({slashed(name): shown})
 
         self._put(job)
 
@@ -179,6 +173,7 @@ class Wandb(Sink):
             "disable_git": True, "disable_code": True, "disable_job_creation": True, "x_disable_meta": True,
             "x_disable_machine_info": True, "x_save_requirements": False, "x_disable_stats": not self.system_metrics,
         }  # fmt: skip
+        self._wandb = wandb
         known = set(wandb.Settings.model_fields)  # x_ ones come and go between versions
         settings = wandb.Settings(**{key: value for key, value in options.items() if key in known})
         reason, state = "", "offline"

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -105,10 +106,7 @@ def _params(job: Composed, other: Config) -> tuple[Composed, str]:
     most, factors = 1, grown(1)
     while parameters(factors[-1]) < target:  # a learned start has parameters that explicit lacks
         factors = grown(most := 2 * most)
-    at, high = 0, len(factors) - 1
-    while high - at > 1:
-        middle = (at + high) // 2
-        at, high = (middle, high) if parameters(factors[middle]) < target else (at, middle)
+    at = max(bisect_left(factors, target, key=parameters) - 1, 0)
     # and on from there, as a total may jump: a shortcut is no parameters where its two ends are equally wide
     while (near := min(range(max(at - 1, 0), min(at + 2, len(factors))), key=gap)) != at:
         at = near

@@ -157,6 +157,12 @@ class Bar:
         elif not self._quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()

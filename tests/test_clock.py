@@ -308,23 +308,14 @@ def test_unit_cost_of_a_long_call_takes_few(hands):
 def test_warm_up_ends_at_two_passes_that_agree():
     passes = iter([9.0, 3.0, 2.0, 2.03, 2.0])
     found = warm_up(lambda: next(passes))
-    assert (found.passes, found.settled, found.cold_s, found.times) == (4, True, 9.0, [9.0, 3.0, 2.0, 2.03])
+    assert (found.settled, found.times) == (True, [9.0, 3.0, 2.0, 2.03])
 
 
 def test_warm_up_says_so_when_passes_never_agree():
     passes = iter(1.03**i for i in range(100))
     found = warm_up(lambda: next(passes))
-    assert (found.passes, found.settled) == (10, False)
-    assert warm_up(iter(1.03**i for i in range(9)).__next__, tolerance=0.04).passes == 2
+    assert (len(found.times), found.settled) == (10, False)
     assert warm_up(iter(1.03**i for i in range(9)).__next__, max_passes=5).times == [1.03**i for i in range(5)]
-
-
-def test_warm_up_times_a_pass_that_returns_nothing(hands):
-    ms = iter([4000, 1000, 1010])
-    found = warm_up(lambda: hands.pass_ms(next(ms)))
-    assert found.times == pytest.approx([4, 1, 1.01])
-    assert found.settled
-    assert found.cold_s == pytest.approx(4)
 
 
 @pytest.mark.parametrize("k", range(1, 9))

@@ -169,8 +169,7 @@ class Timing:
     def _each(self, what: str, work: Callable[[Row], None], rows: Sequence[Row] | None = None) -> list[Row]:
         """The rows for which the work could be done; the others are noted, and cost no other row anything."""
         rows = self._left() if rows is None else rows
-        bar = Bar(len(rows), what)
-        with contextlib.closing(bar):
+        with Bar(len(rows), what) as bar:
             for done, row in enumerate(rows):
                 try:
                     bar.at(done, lambda row=row: row.label)
@@ -222,7 +221,6 @@ class Timing:
         progress("plan", f"{len(rows)} rows{point} × {many} of {count(k, 'step')}, about {duration(expected)} from "
                  "here; Ctrl-C prints what there is")  # fmt: skip
         prices = Readings(rows)
-        bar = Bar(0 if budget else self.rounds, "rounds")
 
         def on_round(done: int, figures: dict[str, dict[str, float]]) -> None:
             self.jsonl.append({"step": done, **({} if at is None else {"at": at}), **figures})
@@ -230,9 +228,9 @@ class Timing:
             if prices.due():
                 prices.read()
 
-        samples = clock.interleave({row.label: partial(row.measure, k) for row in rows}, on_round=on_round,
-                                   rounds=self.rounds if budget is None else None, seconds=budget)  # fmt: skip
-        bar.close()
+        with Bar(0 if budget else self.rounds, "rounds") as bar:
+            samples = clock.interleave({row.label: partial(row.measure, k) for row in rows}, on_round=on_round,
+                                       rounds=self.rounds if budget is None else None, seconds=budget)  # fmt: skip
         self.failed |= samples.failed
         if not samples.interrupted:
             prices.read()
@@ -245,7 +243,7 @@ class Timing:
         found = comparisons(figures, rows[0].job.table) if len(figures) > 1 else []
         return Stage(at, figures, found, samples.rounds, samples.seconds, samples.interrupted, k,
                      [label for label, w in warm.items() if not w.settled],
-                     sum(w.cold_s for w in warm.values()))  # fmt: skip
+                     sum(w.times[0] for w in warm.values()))  # fmt: skip
 
 
 class Readings:

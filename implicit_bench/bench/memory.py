@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def peaks(rows: Sequence[Row], weights: Sequence[Path | None]) -> tuple[list[Pea
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
            "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}  # its splinters would count  # fmt: skip
     found: list[Any] = []
-    with (closing(Bar(len(rows), "rows measured")) as bar,
+    with (Bar(len(rows), "rows measured") as bar,
           subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                            env=env) as process):  # fmt: skip
         assert process.stdin

@@ -207,8 +207,7 @@ def initial_ms(configs: Sequence[dict[str, Any]], seconds: float, rounds: int = 
 
     for row in rows:
         measure(row)  # compilation, caches, allocator
-    bar = Bar(rounds, "rounds")
-    with contextlib.closing(bar):
+    with Bar(rounds, "rounds") as bar:
         samples = clock.interleave({str(i): partial(measure, row) for i, row in enumerate(rows)}, rounds=rounds,
                                    seconds=seconds, on_round=lambda done, _: bar.at(done))  # fmt: skip
     if samples.interrupted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -94,8 +93,7 @@ def _rest(url: str, file: IO[bytes]) -> bool:
         total = None if length is None else have + int(length)
         if total is not None:
             _need_space(Path(file.name).parent, 2 * total + int(length))  # the unpacked files are about as large
-        bar = Bar(round((total or 0) / 1e6), "MB", round(have / 1e6))
-        with contextlib.closing(bar):
+        with Bar(round((total or 0) / 1e6), "MB", round(have / 1e6)) as bar:
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
                 bar.at(round(file.tell() / 1e6))
@@ -110,11 +108,7 @@ def _need_space(folder: Path, wanted: int) -> None:
 
 
 def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.md5(usedforsecurity=False)
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _mb(count: int) -> str:

@@ -107,16 +107,13 @@ def _measure(model: Classifier, batches: Batches, device: Device, settings: Simp
         progress("note", "eval.steps is for solves that stop at a residual, and is left out here")
     passes += [(f"noise {sd:g}", noisy(model, sd, std)) for sd in settings.noise]
     passes += [(f"blur {sd:g}", blurred(model, sd)) for sd in settings.blur]
-    bar = Bar(len(passes), "passes")
     seen = {}
-    try:
+    with Bar(len(passes), "passes") as bar:
         for k, (name, forward) in enumerate(passes):
             seen[name] = look(forward, batches(), layer.init.calls, device)
             bar.at(k + 1, lambda name=name: name)
             if not sys.stderr.isatty():
                 progress("pass", f"{k + 1}/{len(passes)} {name}")
-    finally:
-        bar.close()
     clean = seen["as trained"]
     found: dict[str, Any] = {"conditions": [dict(zip(COLUMNS, s.row(name))) for name, s in seen.items()]}
     levels = torch.tensor(list(QUANTILES.values()))

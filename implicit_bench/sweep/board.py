@@ -174,8 +174,7 @@ class Sweep:
 
     def _watch(self, stop: threading.Event) -> None:
         jobs = self.plan["jobs"]
-        bar = Bar(jobs and len(jobs), "jobs")
-        with contextlib.closing(bar):
+        with Bar(jobs and len(jobs), "jobs") as bar:
             while not stop.wait(1.0):
                 counts = _counts(self.told())
                 bar.at(sum(counts.values()), lambda counts=counts: ", ".join(f"{n} {s}" for s, n in counts.items()))
@@ -188,8 +187,7 @@ class Sweep:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            return found
+            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 

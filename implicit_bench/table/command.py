@@ -276,14 +276,9 @@ def show(grid: Grid) -> None:
         for protocol, line in below:
             print(terminal.hanging(f"     {protocol}", line))
     if not grid.blocks:
-        _rows(grid)
+        tables.show(grid.columns, grid.rows, spare=grid.spare)  # a narrow terminal has not those missed the least
     for note in grid.notes:
         say("", note)
-
-
-def _rows(grid: Grid) -> None:
-    """On a narrow terminal without the columns that are the least missed."""
-    tables.show(grid.columns, grid.rows, spare=grid.spare)
 
 
 def write(grid: Grid, name: str, folder: Path, jobs: cells.Jobs) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .. import config, log, machine, papers, record, terminal
 from ..compare.figures import Trained, Unknown
@@ -171,13 +171,11 @@ def _benches(everything: Sequence[Run]) -> dict[tuple[str, str, str], list[Run]]
 
 
 def _batch(run: Run) -> int:
-    size: int = run.record["config"]["rows"][0]["recipe"]["batch"]
-    return size
+    return run.record["config"]["rows"][0]["recipe"]["batch"]
 
 
 def _table(run: Run) -> str | None:
-    name: str | None = run.record["config"].get("table")
-    return name
+    return run.record["config"].get("table")
 
 
 def _title(run: Run, at: int) -> str:
@@ -236,7 +234,8 @@ def _by_step(everything: Sequence[Run], drawn: Callable[..., Figure]) -> list[Fi
     for run in everything:
         beside = run.folder / f"{run.name}.eval.json"
         path = beside if beside.exists() else run.folder / "eval/test.json"
-        traces = _json(path).get("residual_by_step") if run.record["command"] == "train" and path.exists() else None
+        seen = run.record["command"] == "train" and path.exists()
+        traces = json.loads(path.read_text(encoding="utf-8")).get("residual_by_step") if seen else None
         if traces:
             series = {name: [(range(len(values)), values)] for name, values in traces.items()}
             tol = run.record["config"]["stop"].get("tol")
@@ -246,6 +245,3 @@ def _by_step(everything: Sequence[Run], drawn: Callable[..., Figure]) -> list[Fi
     return figures
 
 
-def _json(path: Path) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found

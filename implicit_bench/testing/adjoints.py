@@ -33,8 +33,7 @@ class Learned(NamedTuple):
 
     def forward(self, adjoint: Any) -> tuple[Tensor, Solution, BackwardLog]:
         closure = [self.w, self.x] if getattr(adjoint, "needs_closure", False) else [self.x]
-        result: tuple[Tensor, Solution, BackwardLog] = adjoint(self.F, self.z0, self.solve, closure)
-        return result
+        return adjoint(self.F, self.z0, self.solve, closure)
 
     def gradients(self, z: Tensor) -> list[Tensor]:
         """Of (z g) summed, g fixed, with respect to w and x."""

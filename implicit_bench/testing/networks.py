@@ -30,8 +30,7 @@ class Probe:
 
     @cached_property
     def x(self) -> Tensor:
-        x: Tensor = self.network.stem(self.images).detach()
-        return x
+        return self.network.stem(self.images).detach()
 
     @cached_property
     def z(self) -> Tensor:
@@ -41,8 +40,7 @@ class Probe:
         """One application, with the same dropout mask each time."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(1)
-            out: Tensor = self.cell(z, self.cell.begin(x), z.new_zeros(len(z)))
-        return out
+            return self.cell(z, self.cell.begin(x), z.new_zeros(len(z)))
 
     def model(self, init: Any, *parts: Any) -> Classifier:
         return Classifier(self.network, ImplicitLayer(self.cell, init(self.network), *parts)).double()

@@ -93,14 +93,10 @@ class Fit:
         """Train to the end, or `until` so many steps are taken and saved. Raises Interrupted after saving, NonFinite
         without."""
         self.end = min(until or self.total, self.total)
-        bar = Bar(self.end, "steps", self.step.taken)
         self._headed = False
-        try:
-            with finishing_on_signals() as asked:
-                while self.step.taken < self.end:
-                    self._epoch(bar, asked, say)
-        finally:
-            bar.close()
+        with Bar(self.end, "steps", self.step.taken) as bar, finishing_on_signals() as asked:
+            while self.step.taken < self.end:
+                self._epoch(bar, asked, say)
 
     def _epoch(self, bar: Bar, asked: Callable[[], bool], say: Callable[[str], None]) -> None:
         at, step, data, B = self.at, self.step, self.data, self.recipe.batch
