@@ -312,12 +312,16 @@ def test_rows_are_timed_here_beside_one_that_another_machine_has_timed(here, cap
 
 def test_a_later_bench_of_some_rows_hides_nothing_of_an_earlier_one(here, capsys):
     old = {**timed("cdeq", 9.0), "memory": {"train_mib": 7.0}}
-    bench(here, [], rows=[timed("deq", 9.0), old], name="old", started="2026-01-01T00:00:00+00:00")
+    id = bench(here, [], rows=[timed("deq", 9.0), old], name="old", started="2026-01-01T00:00:00+00:00")
     again = {**timed("cdeq", 5.0), "memory": {"train_mib": None}}
-    bench(here, [], rows=[again], name="new", started="2026-01-02T00:00:00+00:00")
+    new = bench(here, [], rows=[again], name="new", started="2026-01-02T00:00:00+00:00")
     _, (deq, cdeq) = asked(capsys, "columns=train_s,memory_mib")
     assert [float(row["train_s"]) for row in (deq, cdeq)] == pytest.approx([0.009, 0.005])
     assert [float(row["memory_mib"]) for row in (deq, cdeq)] == [3.5, 7.0]
+    main(["table", "table=mine", "--config-dir=own", "columns=train_s,memory_mib", "rows=cdeq", "publish=true"])
+    assert f"MiB where that bench has none: {id}\n" in capsys.readouterr().out
+    published = {path.name.partition(".")[0][-10:] for path in here.glob("results/*/*.record.json")}
+    assert published == {id, new}
 
 
 @pytest.mark.parametrize(

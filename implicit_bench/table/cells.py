@@ -29,6 +29,7 @@ class Timed(NamedTuple):
     batch: int
     rec: dict[str, Any]
     ends_at_residual: bool
+    memory_of: str = ""  # the other bench that its memory is of
 
     @property
     def shy(self) -> bool:
@@ -301,7 +302,7 @@ def timed(everything: Sequence[Run], table: Table, protocol: str, label: str,
         where, batch = machine(rec), rec["config"]["rows"][0]["recipe"]["batch"]
         best = found.setdefault(where, Timed(row, batch, rec, str(wanted.get("stop._target_")).endswith(".Residual")))
         if batch == best.batch and _found(best.row, ("memory", "train_mib")) is None:
-            found[where] = best._replace(row={**best.row, "memory": row.get("memory")})
+            found[where] = best._replace(row={**best.row, "memory": row.get("memory")}, memory_of=rec["run_id"])
     return found
 
 

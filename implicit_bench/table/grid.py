@@ -87,8 +87,8 @@ def of_cells(table: Table, jobs: cells.Jobs, everything: Sequence[Run], protocol
         rows.append(row)
         plain.append([*values, line.timed.row["solve"].get("converged_fraction") if line.timed else None])
     used = {run.record["run_id"]: run for line in lines for run in (*line.runs.values(), *line.failed.values())}
-    bench = {line.timed.rec["run_id"]: line.timed for line in lines if line.timed}
-    used |= {run.record["run_id"]: run for run in everything if run.record["run_id"] in bench}
+    benches = {id for line in lines if (t := line.timed) for id in (t.rec["run_id"], t.memory_of)}
+    used |= {run.record["run_id"]: run for run in everything if run.record["run_id"] in benches}
     missing = {label: left for label, seeds in jobs.items() if (left := [
         s for s in seeds if not any(s in line.runs for line in lines if line.label == label)])}  # fmt: skip
     notes = _notes(table, lines, protocol, letters, columns)
@@ -124,6 +124,11 @@ def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Ma
                 f"times of a step of {t.batch} images{'' if at is None else f' at step {at:,}'}{of}: {id}",
                 count(t.row["timing"]["train_ms"]["n"], "round"), on and f"on {on}",
                 "" if t.rec["environment"]["alone"] else "not alone on its machine"])))  # fmt: skip
+        if "memory_mib" in columns:
+            theirs = dict.fromkeys((line.timed.memory_of, line.machine) for line in lines
+                                   if line.timed and line.timed.memory_of)  # fmt: skip
+            notes += [f"MiB where that bench has none: {id}{f' on {letters[where]}' if letters else ''}"
+                      for id, where in theirs]  # fmt: skip
         shy = [f"{line.label}{f' on {letters[line.machine]}' if letters else ''} "
                f"{number(line.timed.row['solve']['residual'], 2)}" for line in lines
                if line.timed and line.timed.shy]  # fmt: skip
