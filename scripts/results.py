@@ -48,14 +48,15 @@ def retold(run: Run) -> tuple[int, list[str]]:
     """How many ratios of a bench its rounds tell, and those of which they tell another."""
     rounds, wrong, n = list(read_jsonl(run.history)), [], 0
     for r in run.record["ratios"]:
-        at = [row for row in rounds if row.get("at") == r["at"] and {r["numerator"], r["denominator"]} <= row.keys()]
-        times = [[row[r[side]].get(r["measure"]) for row in at] for side in ("numerator", "denominator")]
-        if not at or None in times[0] + times[1]:  # memory, logits, errors are of no rounds
+        if r["measure"] in ("memory", "errors", "logits"):  # of no rounds
             continue
+        at = [row for row in rounds if row.get("at") == r["at"] and {r["numerator"], r["denominator"]} <= row.keys()]
         n += 1
-        again = clock.ratio(*times)
-        if again.n != r["n"] or not all(math.isclose(getattr(again, key), r[key], rel_tol=1e-6)
-                                        for key in ("value", "low", "high")):  # fmt: skip
+        times = [[row[r[side]][r["measure"]] for row in at] for side in ("numerator", "denominator")]
+        again = clock.ratio(*times) if at else None
+        if not again or (again.n, again.verdict) != (r["n"], r["verdict"]) or not all(
+            math.isclose(getattr(again, key), r[key], rel_tol=1e-6) for key in ("value", "low", "high")
+        ):
             wrong.append(f"{run.name}: {r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}")
     return n, wrong
 

@@ -44,6 +44,23 @@ def test_channels_last_is_for_networks_whose_flat_states_have_it(asked, mdeq, pl
     assert weight.is_contiguous(memory_format=torch.channels_last) == plain
 
 
+def test_the_cell_is_compiled_where_that_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: asked.append(self))
+    model = SimpleModel()
+    assert Device("cpu").place(model) is model
+    assert asked == []
+    Device("cpu", compile=True).place(model)
+    assert asked == [model.layer.cell]
+
+
+class SimpleModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Module()
+        self.layer.cell = torch.nn.Linear(2, 2)
+
+
 def test_bfloat16_is_autocast():
     with Device("cpu", dtype="bfloat16").autocast():
         assert torch.nn.functional.linear(torch.rand(2, 2), torch.rand(2, 2)).dtype == torch.bfloat16

@@ -102,6 +102,7 @@ def test_a_benchs_ratios_are_made_anew_from_its_rounds(tmp_path):
     assert told(said) == (2, [])
     assert told([{**said[0], "low": said[0]["low"] * 1.001}, said[1]]) == (2, ["x: R1 a / b, train"])
     assert told([said[0], {**said[1], "n": 39}]) == (2, ["x: R1 a / b, nfe"])
+    assert told([{**said[0], "at": 6}]) == (1, ["x: R1 a / b, train"])  # rounds that are not there
 
 
 def test_the_page_on_faithfulness_shows_the_committed_figures():

@@ -22,10 +22,12 @@ from test_log import inspect
 
 from implicit_bench import papers, record, schema
 from implicit_bench.cli import main
+from implicit_bench.compare.figures import CUT
 from implicit_bench.compare.rows import Run
 from implicit_bench.schema import GROUPS
 from implicit_bench.table import cells, verdicts
 from implicit_bench.table.command import publish
+from implicit_bench.table.report import _bars
 
 MINE = """title: Digits
 source: a paper of mine
@@ -311,15 +313,16 @@ def test_rows_are_timed_here_beside_one_that_another_machine_has_timed(here, cap
 
 
 def test_a_later_bench_of_some_rows_hides_nothing_of_an_earlier_one(here, capsys):
-    old = {**timed("cdeq", 9.0), "memory": {"train_mib": 7.0}}
+    old = {**timed("cdeq", 9.0, at=3), "memory": {"train_mib": 7.0}}
     id = bench(here, [], rows=[timed("deq", 9.0), old], name="old", started="2026-01-01T00:00:00+00:00")
-    again = {**timed("cdeq", 5.0), "memory": {"train_mib": None}}
+    again = {**timed("cdeq", 5.0, at=3), "memory": {"train_mib": None}}
+    bench(here, [], rows=[again], name="none", started="2026-01-01T12:00:00+00:00")  # nor has this one
     new = bench(here, [], rows=[again], name="new", started="2026-01-02T00:00:00+00:00")
     _, (deq, cdeq) = asked(capsys, "columns=train_s,memory_mib")
     assert [float(row["train_s"]) for row in (deq, cdeq)] == pytest.approx([0.009, 0.005])
     assert [float(row["memory_mib"]) for row in (deq, cdeq)] == [3.5, 7.0]
     main(["table", "table=mine", "--config-dir=own", "columns=train_s,memory_mib", "rows=cdeq", "publish=true"])
-    assert f"MiB where that bench has none: {id}\n" in capsys.readouterr().out
+    assert f"MiB where that bench has none: {id} at step 3\n" in capsys.readouterr().out
     published = {path.name.partition(".")[0][-10:] for path in here.glob("results/*/*.record.json")}
     assert published == {id, new}
 
@@ -400,11 +403,12 @@ def test_published_records_fill_the_table_without_the_runs(here, capsys):
 # ------------------------------------------------------------------------------------------------------------ claims
 
 
-def found(*intervals, measure="train", verdict="faster", caveats=(), table="t", n=60):
+def found(*intervals, measure="train", verdict="faster", caveats=(), table="t", n=60, command="bench"):
     """Ratios of one record, by (low, high)."""
     ratios = [{"measure": measure, "value": (low + high) / 2, "low": low, "high": high, "verdict": verdict, "n": n,
                "caveats": list(caveats), "numerator": "a", "denominator": "b"} for low, high in intervals]  # fmt: skip
-    return [verdicts.Found(table, "sound", "box", None, ratio, None) for ratio in ratios]
+    run = Run("x", {"command": command}, "done", Path())
+    return [verdicts.Found(table, "sound", "box", None, ratio, run) for ratio in ratios]
 
 
 @pytest.mark.parametrize(
@@ -420,6 +424,9 @@ def found(*intervals, measure="train", verdict="faster", caveats=(), table="t", 
      ([], "not testable here "), (found((2.1, 2.5), caveats=["cdeq not converged"]), "not testable here "),
      (found((2.1, 2.5), verdict="too few rounds"), "not testable here "),
      (found((2.5, 2.5), measure="memory", n=1), "not testable here "),  # it varies from step to step
+     (found((2.1, 2.5), measure="errors", command="bench"), "not testable here "),  # along training
+     (found((2.1, 2.5), measure="errors", command="compare"), "holds on t"),
+     (found((2.1, 2.5), measure="errors", command="compare", caveats=[CUT]), "not testable here "),
      (found((2.1, 2.5), measure="memory", n=3), "holds on t"),
      (found((0.0, 0.0), measure="logits", verdict="equal"), "holds on t"),
      (found((1.0, 1.0), measure="logits", verdict="not equal"), "fails on t")],
@@ -432,6 +439,8 @@ def test_a_claim_of_likeness_is_refuted_by_what_is_below_one_alone():
     pairs = (0.4, 9), (2, 9), (0.2, 0.7)
     words = [verdicts.verdict({"equal": True}, found(pair, measure="spread"))[0] for pair in pairs]
     assert words == ["holds", "holds", "fails"]
+    wide = found(pairs[0], measure="spread", caveats=["interval too wide to tell"])
+    assert verdicts.verdict({"equal": True}, wide)[0] == "not testable here"
     both = verdicts.verdict({"equal": True}, found(pairs[0], pairs[2], measure="spread"))
     assert both == ("partly", "on t: 1 of 2 not below 1")
 
@@ -474,25 +483,36 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     assert "cdeq / skip_cdeq train 7.00×" not in out
 
 
-def test_a_comparison_of_trainings_tells_of_a_claim_too(here, capsys):
-    labels = {"experiment": "mdeq_fashion"}
-    for seed in (0, 1):
-        put(here, "neural_ode", seed, step_ms=30.0 + seed, converged=None, **labels)
-        put(here, "cdeq", seed, **labels)
-    assert main(["compare", "base=neural_ode", "against=cdeq", "logger=none"]) == 0
+@pytest.mark.parametrize(("words", "word"), [([], "holds"), (["recipe.epochs=1"], "not testable here")])
+def test_a_comparison_of_whole_trainings_tells_of_their_errors_and_of_no_time(here, capsys, words, word):
+    words = ["experiment=homo_mnist", "network=homo_conv", *words]
+    labels = {"data": {"name": "mnist"}}
+    for seed, (a, b) in enumerate([(0.8, 0.95), (0.8, 0.94), (0.79, 0.96)]):
+        put(here, "anode", seed, *words, metrics={"val_acc": 0.9, "test_acc": a}, converged=None, **labels)
+        put(here, "homo_ode", seed, *words, metrics={"val_acc": 0.9, "test_acc": b}, converged=None, **labels)
+    assert main(["compare", "base=anode", "against=homo_ode", "logger=none"]) == 0
     [folder] = here.glob("runs/compare-*")
     capsys.readouterr()
     _, rows = asked(capsys, table="claims")
-    told = {row["measure"]: row for row in rows if row["id"] == "R1"}
-    assert told["step"]["record"] == folder.name[-10:]
-    assert told["step"]["verdict"] == "partly"
-    assert float(told["step"]["value"]) == pytest.approx(math.sqrt(3.0 * 3.1))
+    [h1] = (row for row in rows if row["id"] == "H1")
+    assert (h1["record"], h1["measure"], h1["verdict"]) == (folder.name[-10:], "errors", word)
+    assert float(h1["value"]) == pytest.approx((0.2**2 * 0.21 / (0.05 * 0.06 * 0.04)) ** (1 / 3))
     assert main(["report"]) == 0  # which has the machines of all
     capsys.readouterr()
     rec = record.read_record(folder)
     del rec["config"]["gpu"]  # as it was once
     record.write_record(folder, rec)
     assert asked(capsys, table="claims")[1] == rows
+
+
+def test_a_comparison_of_times_decides_no_claim(here, capsys):
+    for model in ("neural_ode", "cdeq"):
+        put(here, model, 0, experiment="mdeq_fashion", converged=None)
+    assert main(["compare", "base=neural_ode", "against=cdeq", "logger=none"]) == 0
+    capsys.readouterr()
+    _, rows = asked(capsys, table="claims")
+    assert {row["record"] for row in rows} == {""}
+    assert asked(capsys, table="cdeq_fig1")[0] == 0
 
 
 def test_every_claim_of_the_file_is_one_that_ratios_have():
@@ -618,6 +638,15 @@ def test_a_report_is_one_page_that_fetches_nothing_and_has_what_was_measured(her
     assert main(["report", "out=again"]) == 0
     assert {p.name: p.read_bytes() for p in (here / "again/figures").glob("*.svg")} == svgs
     assert (here / "again/report.html").read_text() == text
+
+
+def test_bars_of_too_few_rounds_have_no_interval(here):
+    few = {"verdict": "too few rounds", "at": None}
+    for name, more in (("few", few), ("many", {"at": None})):
+        bench(here, [("R1", "neural_ode", "cdeq", "train", 2.5, 2.4, 2.6, more)], name=name)
+    [hasty, sure] = sorted(here.glob("runs/*/record.json"))
+    bars = [_bars(Run("x", record.read_record(path), "done", path.parent), 0)[0][1:] for path in (hasty, sure)]
+    assert bars == [(2.5, 2.5, 2.5), (2.5, 2.4, 2.6)]
 
 
 def test_a_run_that_was_not_alone_has_no_time_in_the_report(here, capsys):

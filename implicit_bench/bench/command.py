@@ -197,7 +197,7 @@ class Timing:
         if not self.rows[0].job.config["memory"]:
             return {}
         asked = [(k, row) for k in self.at for row in self._left() if not row.peer_of]
-        progress("memory", f"a step and a prediction of each of {len(asked)} rows, in processes of their own")
+        progress("memory", f"steps and predictions of each of {len(asked)} rows, in processes of their own")
         found, problems = memory.peaks([row for _, row in asked], [where(row, k) for k, row in asked])
         if unmeasured := " · ".join(f"{label}: {why}" for label, why in problems.items()):
             progress("note", f"memory not measured of {unmeasured}")

@@ -2,8 +2,8 @@
 it (weights, optimiser, data, libraries). `python -m implicit_bench.bench.memory` is that process's program.
 
 On a CPU it is the resident set's high-water mark, under the allocator's policy without its padding; on CUDA torch's
-own count, taken in the process that times. Read several times: on a CPU one step's reading is up to a quarter off the
-next one's, by what the allocator had left where.
+own count, taken in the process that times. Read several times: on a CPU one step's reading may be a quarter more than
+the next one's, by what the allocator had left where.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def peaks(rows: Sequence[Row], weights: Sequence[Path | None]) -> tuple[list[Pea
     if not rows:
         return [], {}
     if rows[0].device.torch.type == "cuda":
-        return _told(rows, [_tried(row, _cuda) for row in rows])
+        return _told(rows, [_tried(row, _cuda, path) for row, path in zip(rows, weights)])
     asked = json.dumps([[row.job.config, path and str(path)] for row, path in zip(rows, weights)])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
            "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}  # its splinters would count  # fmt: skip
@@ -66,9 +66,12 @@ def _told(rows: Sequence[Row], found: Sequence[Any]) -> tuple[list[Peak], dict[s
     return [NOTHING if "error" in f else f for f in found], failed
 
 
-def _tried(row: Row, measure: Callable[[Row, Callable[[], Any]], float | None]) -> Any:
+def _tried(row: Row, measure: Callable[[Row, Callable[[], Any]], float | None], weights: Path | None) -> Any:
     try:
-        return _peak(row, measure)
+        with row.unchanged():
+            if weights:
+                row.put(torch.load(weights, map_location=row.device.torch, weights_only=True))
+            return _peak(row, measure)
     except Exception as error:
         return {"error": machine.told(error)}
 
@@ -100,17 +103,15 @@ def _peak(row: Row, measure: Callable[[Row, Callable[[], Any]], float | None]) -
         with torch.no_grad(), row.device.autocast():
             row.model(x)
 
-    with row.unchanged():
-        row.step(x, y)
-        steps = []
-        for _ in range(READINGS):
-            row.model.zero_grad(set_to_none=True)
-            steps.append(measure(row, lambda: row.step(x, y)))
+    row.step(x, y)
+    steps = []
+    for _ in range(READINGS):
         row.model.zero_grad(set_to_none=True)
-        row.model.eval()
-        predict()
-        predictions = [measure(row, predict) for _ in range(READINGS)]
-        row.model.train()
+        steps.append(measure(row, lambda: row.step(x, y)))
+    row.model.zero_grad(set_to_none=True)
+    row.model.eval()
+    predict()
+    predictions = [measure(row, predict) for _ in range(READINGS)]
     return {"train": [mib for mib in steps if mib is not None],
             "predict": [mib for mib in predictions if mib is not None]}  # fmt: skip
 
@@ -130,9 +131,7 @@ def main() -> None:
                 if device.wants_policy:
                     machine.set_allocator_policy(top_pad=False)
                 row = Row("", config.Composed(cfg, {}), data, device)
-                if weights:
-                    row.put(torch.load(weights, weights_only=True))
-                print(json.dumps(_tried(row, _resident)), flush=True)
+                print(json.dumps(_tried(row, _resident, Path(weights) if weights else None)), flush=True)
             except BaseException as error:
                 print(json.dumps({"error": machine.told(error)}), flush=True)
             os._exit(0)

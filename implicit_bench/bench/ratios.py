@@ -112,6 +112,8 @@ class Comparison:
             found.append("different solvers or stepping tolerances")
         if self.id == "H2":  # which of them keeps its steps for the backward, and how many
             found += [f"{row.label} by {row.adjoint}, {row.f_calls:.0f} f" for row in (self.slower, self.faster)]
+        if self.measure == "memory" and self.ratio.n > 1:
+            return [*found, f"readings {self.ratio.low:.2f} to {self.ratio.high:.2f}"]
         return found + too_wide(self.ratio.verdict, self.ratio.low, self.ratio.high)
 
     def explained(self) -> dict[str, float] | None:
@@ -192,7 +194,8 @@ def _single(value: float, word: str) -> Ratio:
 
 
 def _memory(a: Figures, b: Figures) -> Ratio:
-    """Of median readings; the interval is all that a reading of one over a reading of the other can be."""
+    """Of median readings; low and high are those of any two readings that were made, no confidence interval: rows that
+    are alike are told apart by three readings each in one case of ten."""
     x, y = a.memory.get("train", []), b.memory.get("train", [])
     if not (x and y and min(*x, *y) > 0):
         return _single(math.nan, "")

@@ -127,9 +127,12 @@ class Row:
     def unchanged(self) -> Iterator[None]:
         """Weights and optimiser are put back, and the batches begin again."""
         before = self.state()
-        yield
-        self.put(before)
-        self.batches, self.tally = 0, Tally()
+        try:
+            yield
+        finally:
+            self.put(before)
+            self.model.train().zero_grad(set_to_none=True)
+            self.batches, self.tally = 0, Tally()
 
     @contextlib.contextmanager
     def pretraining(self) -> Iterator[None]:

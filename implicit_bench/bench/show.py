@@ -40,8 +40,7 @@ def cells(f: Figures) -> list[str]:
 
 def line(c: Comparison) -> ratios.Line:
     value = c.ratio.value if c.ratio.value == c.ratio.value else None
-    sure = value is not None and (c.ratio.n >= clock.MIN_ROUNDS or c.measure == "memory")
-    low, high = (c.ratio.low, c.ratio.high) if sure else (None, None)
+    low, high = (c.ratio.low, c.ratio.high) if c.ratio.n >= clock.MIN_ROUNDS else (None, None)
     return ratios.Line(c.id, c.slower.label, c.faster.label, c.measure, value, low, high, c.ratio.verdict, c.paper,
                        c.caveats)  # fmt: skip
 

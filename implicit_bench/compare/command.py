@@ -15,7 +15,8 @@ from ..schema import UsageError, nearest
 from ..sync import replay
 from ..terminal import number, say, share
 from ..words import plain
-from .figures import MEASURES, SHARE, WINDOW, Pair, converged, line, of_row
+from . import spelled
+from .figures import CUT, MEASURES, OF_TESTS, SHARE, WINDOW, Pair, converged, line, of_row
 from .rows import Row, Run, find, refuse_unlike, row
 
 COLUMNS = ["model", "seeds", "val acc", "test acc", "step ms", "nfe f/b", "epochs", "train s", "s to target"]
@@ -92,6 +93,10 @@ def compare(rows: Sequence[Row], top: Path, logger: str | None = None) -> None:
     pairs = [Pair(rows[0], other) for other in rows[1:]]
     figures = [of_row(each, pairs) for each in rows]
     found = [pair.record(measure) for pair in pairs for measure in pair.measures]
+    if of_tests := [ratio for ratio in found if ratio["measure"] in OF_TESTS]:
+        cut = {each.label for each in rows if any(map(_cut, each.runs.values()))}
+        for ratio in of_tests:
+            ratio["caveats"] += [CUT] if {ratio["numerator"], ratio["denominator"]} & cut else []
     first = rows[0].first.record
     identity = {"rows": {each.label: {str(s): run.record["run_id"] for s, run in each.runs.items()} for each in rows},
                 "base": rows[0].label, "window": WINDOW, "share": SHARE, "gpu": first["config"]["gpu"]}  # fmt: skip
@@ -104,6 +109,11 @@ def compare(rows: Sequence[Row], top: Path, logger: str | None = None) -> None:
     _print(rows, pairs, rec, lines, table)
     _keep(rec, lines, table, top / record.folder_name("compare", _dataset(first), None, rec["run_id"]),
           _sink(logger, first["config"].get("logger") or {}))  # fmt: skip
+
+
+def _cut(run: Run) -> bool:
+    said = ("length=", "recipe", "dataset")
+    return any(word.startswith(said) for word in spelled.words(run.record))
 
 
 def _dataset(rec: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from .rows import Row, Run
 
 MEASURES = ("step", "epochs", "accuracy")
 OF_TESTS = ("errors", "spread")  # measures of test accuracy, for pairs that a claim is about
+CUT = "not the experiment's own recipe and data"  # a caveat of these
 WINDOW, SHARE = 3, 0.99  # epochs that are smoothed over; of the base's final accuracy, what the others have to reach
 
 

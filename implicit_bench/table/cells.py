@@ -29,7 +29,7 @@ class Timed(NamedTuple):
     batch: int
     rec: dict[str, Any]
     ends_at_residual: bool
-    memory_of: str = ""  # the other bench that its memory is of
+    memory_of: tuple[str, int | None] | None = None  # the other bench that its memory is of, and the step there
 
     @property
     def shy(self) -> bool:
@@ -301,8 +301,10 @@ def timed(everything: Sequence[Run], table: Table, protocol: str, label: str,
             continue
         where, batch = machine(rec), rec["config"]["rows"][0]["recipe"]["batch"]
         best = found.setdefault(where, Timed(row, batch, rec, str(wanted.get("stop._target_")).endswith(".Residual")))
-        if batch == best.batch and _found(best.row, ("memory", "train_mib")) is None:
-            found[where] = best._replace(row={**best.row, "memory": row.get("memory")}, memory_of=rec["run_id"])
+        known = [_found(each, ("memory", "train_mib")) for each in (row, best.row)]
+        if batch == best.batch and known[0] is not None and known[1] is None:
+            found[where] = best._replace(row={**best.row, "memory": row.get("memory")},
+                                           memory_of=(rec["run_id"], row.get("at")))
     return found
 
 

@@ -87,7 +87,7 @@ def of_cells(table: Table, jobs: cells.Jobs, everything: Sequence[Run], protocol
         rows.append(row)
         plain.append([*values, line.timed.row["solve"].get("converged_fraction") if line.timed else None])
     used = {run.record["run_id"]: run for line in lines for run in (*line.runs.values(), *line.failed.values())}
-    benches = {id for line in lines if (t := line.timed) for id in (t.rec["run_id"], t.memory_of)}
+    benches = {id for line in lines if (t := line.timed) for id in (t.rec["run_id"], t.memory_of and t.memory_of[0])}
     used |= {run.record["run_id"]: run for run in everything if run.record["run_id"] in benches}
     missing = {label: left for label, seeds in jobs.items() if (left := [
         s for s in seeds if not any(s in line.runs for line in lines if line.label == label)])}  # fmt: skip
@@ -127,8 +127,8 @@ def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Ma
         if "memory_mib" in columns:
             theirs = dict.fromkeys((line.timed.memory_of, line.machine) for line in lines
                                    if line.timed and line.timed.memory_of)  # fmt: skip
-            notes += [f"MiB where that bench has none: {id}{f' on {letters[where]}' if letters else ''}"
-                      for id, where in theirs]  # fmt: skip
+            notes += [f"MiB where that bench has none: {of[0]}{'' if of[1] is None else f' at step {of[1]:,}'}"
+                      f"{f' on {letters[where]}' if letters else ''}" for of, where in theirs if of]  # fmt: skip
         shy = [f"{line.label}{f' on {letters[line.machine]}' if letters else ''} "
                f"{number(line.timed.row['solve']['residual'], 2)}" for line in lines
                if line.timed and line.timed.shy]  # fmt: skip
@@ -147,7 +147,8 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
                  for p in ("sound", "faithful")}  # fmt: skip
         word, because = verdicts.verdict(claim, found["sound"])
         told = {p: verdicts.told(each) for p, each in found.items()}
-        why = [claim["why"]] if "why" in claim else [] if any(told.values()) else ["not run"]
+        why = [claim["note"]] if "note" in claim else []
+        why += [] if any(told.values()) else [claim.get("why", "not run")]
         here, theirs = "<br>".join([*told["sound"], *why]), "<br>".join(told["faithful"])
         verdict = f"{word} {because}".strip()
         rows.append([claim["id"], verdict, claim["says"], str(claim.get("paper", "")), here, theirs])
@@ -165,7 +166,8 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         where.setdefault(cells.machine(used[id].record), []).append(id)
     notes = [
         "a / b: times (H: errors, MiB, evaluations) of a over b's, at the last point of training measured",
-        "holds: under protocol sound every ratio is above 1 with its 95 % interval and reaches the claim's lower end",
+        "holds: under protocol sound every ratio is above 1 with its 95 % interval (of memory: with all readings) and "
+        "reaches the claim's lower end",
         "fails: none is above 1; partly: in between; ratios of solves that did not converge decide nothing",
         "the paper's R1 to R4 are of CIFAR-10 and ImageNet: cdeq_mnist and mdeq_fashion are other networks and data",
         *(f"measured on {name}: {', '.join(where[name])}" for name in sorted(where)),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .. import record
+from ..compare.figures import CUT, OF_TESTS
 from ..compare.rows import Run
 
 WORDS = ("holds", "partly", "fails", "not testable here")
@@ -33,10 +34,10 @@ class Found(NamedTuple):
 
     @property
     def settled(self) -> bool:
-        """Of solves that converged, and with an interval, unless it is of a kind that has none. One reading of memory,
-        as records of before it was read several times have it, is neither."""
-        once = self.ratio["measure"] == "memory" and self.ratio["n"] == 1
-        return self.ratio["low"] is not None and not self.hasty and not self.shy and not once
+        """Of solves that converged, with an interval unless it is of a kind that has none, and of errors those after a
+        whole training."""
+        begun = self.ratio["measure"] == "errors" and self.run.record["command"] == "bench"
+        return self.ratio["low"] is not None and not (self.hasty or self.shy or self.once or begun or self.cut)
 
     @property
     def hasty(self) -> bool:
@@ -47,17 +48,30 @@ class Found(NamedTuple):
         return shy(self.ratio)
 
     @property
+    def once(self) -> bool:
+        """One reading of memory, as in records of before it was read several times."""
+        return self.ratio["measure"] == "memory" and self.ratio["n"] == 1
+
+    @property
+    def cut(self) -> bool:
+        return CUT in self.ratio["caveats"]
+
+    @property
     def interval(self) -> str:
         r = self.ratio
         if r["measure"] == "logits":
             return f"{r['verdict']} (largest difference {r['value']:.0e})" if r["value"] else r["verdict"]
         if r["low"] is None or r["low"] == r["high"] or self.hasty:  # `bench` shows no interval either
             return f"{r['value']:.2f}×"
+        if r["measure"] == "memory":
+            return f"{r['value']:.2f}× (readings {r['low']:.2f} to {r['high']:.2f})"
         return f"{r['value']:.2f}× [{r['low']:.2f}, {r['high']:.2f}]"
 
     @property
     def but(self) -> str:
-        return (f", {SHY}" if self.shy else "") + (f", {self.ratio['n']} rounds only" if self.hasty else "")
+        said = [self.shy and SHY, self.hasty and f"{self.ratio['n']} rounds only", self.once and "one reading",
+                self.cut and CUT]  # fmt: skip
+        return "".join(f", {word}" for word in said if word)
 
     @property
     def where(self) -> str:
@@ -76,7 +90,9 @@ def told(found: Sequence[Found]) -> list[str]:
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
     """Of each table and pair of rows the one furthest along training, on each machine that got there the latest; one
-    of too few rounds only where no machine has given that pair an interval. Those that a verdict rests on first."""
+    of too few rounds only where no machine has given that pair an interval. Those that a verdict rests on first.
+
+    Times are of benches, what test errors tell of `compare`."""
     found: dict[tuple[Any, ...], Found] = {}
     runs = [run for run in everything if run.record["command"] in ("bench", "compare") and run.record.get("ratios")]
     for run in sorted(runs, key=lambda run: record.started(run.record, run.folder)):
@@ -84,7 +100,8 @@ def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables:
         name = rec["config"].get("table") if rec["command"] == "bench" else rec["experiment"]
         if rec["protocol"] != protocol or name in (None, "none") or (tables and name not in tables):
             continue
-        fits = [r for r in rec["ratios"] if r["id"] in ids and r["value"] is not None]
+        fits = [r for r in rec["ratios"] if r["id"] in ids and r["value"] is not None
+                and (rec["command"] == "bench" or r["measure"] in OF_TESTS)]  # fmt: skip
         last = max((r["at"] for r in fits if r.get("at") is not None), default=None)
         for r in fits:
             if r.get("at") == last:
@@ -107,6 +124,8 @@ def verdict(claim: Mapping[str, Any], found: Sequence[Found]) -> tuple[str, str]
     if not settled:
         return WORDS[3], ""
     alike, least = claim.get("equal", False), claim.get("least", 1.0)
+    if alike and all("interval too wide to tell" in each.ratio["caveats"] for each in settled):
+        return WORDS[3], ""
     if settled[0].ratio["measure"] == "logits":
         above = reach = [each.ratio["verdict"] == "equal" for each in settled]
     else:

@@ -1,6 +1,5 @@
 """Weights along training: the ones that `train` comes by, made once, gone on with, and still while they are timed."""
 
-import contextlib
 import re
 import signal
 
@@ -197,20 +196,31 @@ def test_a_row_whose_memory_cannot_be_measured_says_why(made):
     assert "network.hidden=-1 must be at least 1" in failed["broken"]
 
 
-def test_a_row_that_a_gpu_has_no_memory_for_costs_the_others_nothing(made, monkeypatch):
+def test_a_row_that_a_gpu_has_no_memory_for_costs_the_others_and_itself_nothing(made, monkeypatch, tmp_path):
+    at, put = [], rows.Row.put
+
     def measure(row, work):
         if row.label == "large":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return 5.0
 
+    monkeypatch.setattr(rows.Row, "put", lambda row, state: (at.append(state["model"]), put(row, state)))
+
     fine, large = made(), made()
     large.label = "large"
+    class Cuda(str):
+        type = "cuda"
+
+    kept = tmp_path / "kept.pt"
+    torch.save(made("skip_deq", "seed=1").state(), kept)
     for row in (fine, large):
-        row.device.torch = type("D", (), {"type": "cuda"})
-        monkeypatch.setattr(row, "step", lambda x, y: None)
-        monkeypatch.setattr(row, "unchanged", contextlib.nullcontext)
-        monkeypatch.setattr(row.device, "autocast", contextlib.nullcontext)
+        row.device.torch = Cuda("cpu")
     monkeypatch.setattr(memory, "_cuda", measure)
-    found, failed = memory.peaks([fine, large], [None, None])
+    before = large.state()["model"]
+    found, failed = memory.peaks([fine, large], [kept, None])
     assert found == [{"train": [5.0] * 3, "predict": [5.0] * 3}, memory.NOTHING]
     assert failed.keys() == {"large"}
+    assert same(large.model.state_dict(), before)  # it took a step before the one that failed
+    assert large.model.training
+    assert large.step.taken == 0
+    assert same(at[0], torch.load(kept, weights_only=True)["model"])  # not at those it begins with

@@ -7,7 +7,7 @@ from torch.nn import functional as nnf
 
 from implicit_bench import config
 from implicit_bench.device import Device
-from implicit_bench.train import NonFinite, Step, Tally
+from implicit_bench.train import NonFinite, Step, Tally, count_flops
 
 
 @pytest.fixture
@@ -148,6 +148,11 @@ def test_vanishing_gradients_stay_finite(make):
             step.model.head.bias.mul_(scale)
             with torch.enable_grad():
                 step(x, y)  # raises NonFinite if it is not
+
+
+def test_the_work_of_a_step_has_the_penalties_in_it(make):
+    plain, with_jacobian = (count_flops(make(*words), *batch()) for words in ((), ("penalty=[jacobian]",)))
+    assert with_jacobian > 1.01 * plain
 
 
 def test_tally_means_are_means_over_samples_and_batches(make):
