@@ -505,6 +505,16 @@ def test_a_comparison_of_whole_trainings_tells_of_their_errors_and_of_no_time(he
     assert asked(capsys, table="claims")[1] == rows
 
 
+def test_one_reading_of_memory_is_told_only_where_there_are_no_more(here, capsys):
+    h2 = ("H2", "neural_ode", "homo_ode", "memory")
+    bench(here, [(*h2, 1.5, 1.5, 1.5, {"n": 1})], table="homo_ode", name="old", hardware="slow box")
+    _, rows = asked(capsys, table="claims")
+    assert [(r["value"], r["verdict"]) for r in rows if r["id"] == "H2"] == [("1.5", "not testable here")]
+    bench(here, [(*h2, 1.2, 1.1, 1.3, {"n": 3})], table="homo_ode", name="new")
+    _, rows = asked(capsys, table="claims")
+    assert [(r["value"], r["verdict"]) for r in rows if r["id"] == "H2"] == [("1.2", "holds")]
+
+
 def test_a_comparison_of_times_decides_no_claim(here, capsys):
     for model in ("neural_ode", "cdeq"):
         put(here, model, 0, experiment="mdeq_fashion", converged=None)

@@ -90,7 +90,7 @@ def told(found: Sequence[Found]) -> list[str]:
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
     """Of each table and pair of rows the one furthest along training, on each machine that got there the latest; one
-    of too few rounds only where no machine has given that pair an interval. Those that a verdict rests on first.
+    of too few rounds, or one reading, only where no machine has more of that pair. Those that a verdict rests on first.
 
     Times are of benches, what test errors tell of `compare`."""
     found: dict[tuple[Any, ...], Found] = {}
@@ -111,7 +111,7 @@ def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables:
     shown: dict[tuple[Any, ...], list[Found]] = {}
     for (name, _, *pair), each in sorted(found.items(), key=str):
         shown.setdefault((name, *pair), []).append(each)
-    kept = [[f for f in each if not f.hasty] or each for each in shown.values()]
+    kept = [[f for f in each if not (f.hasty or f.once)] or each for each in shown.values()]
     furthest = [f for each in kept for f in each if (f.at or 0) == max(g.at or 0 for g in each)]
     return sorted(furthest, key=lambda f: not f.settled)
 
