@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
@@ -158,9 +157,8 @@ def _time(job: Composed, other: Config, measure: bool) -> tuple[Composed, str]:
     if found is None:
         record.writable("paths.runs", path.parent)
         found = {"model": name, "match_to": to, **_depth(cfg, other)}
-        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        aside.write_text(json.dumps({**_kept(path), key: found}, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        with record.whole(path) as file:
+            file.write(json.dumps({**_kept(path), key: found}, indent=1).encode() + b"\n")
     line = f"{name} ×{found['steps']}: {found['step_ms']:.3g} ms a step, {to} {found['match_to_ms']:.3g} ms"
     return replace(job, config=_at(cfg, found["steps"])), line
 

@@ -117,10 +117,7 @@ class Pace:
             n = len(parts[0].load(data).train) if n is None else n - parts[0].val_size
         except DataError:
             return None
-        try:
-            return parts[1].total_steps(n)
-        except ValueError as mistake:
-            raise config.UsageError(str(mistake)) from None
+        return parts[1].total_steps(n)
 
     def step_ms(self, job: config.Composed, device: Device) -> tuple[float, str]:
         given = job.alike or job.config

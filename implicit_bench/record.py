@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 SCHEMA_VERSION = 1
 NUMERICS = 3  # raise by hand when a change alters what a config gives by more than rounding; every run id changes
@@ -243,16 +243,24 @@ def new_record(command: str, config: Mapping[str, Any], **fields: Any) -> dict[s
 
 
 def write_record(folder: str | Path, record: Mapping[str, Any]) -> Path:
-    """Write record.json whole or not at all: a reader, or a crash, sees the old one or the new one."""
+    """Write record.json, whole or not at all."""
     if record.get("status") not in STATUSES:
         raise RecordError(f"a record's status is one of {', '.join(STATUSES)}, not {record.get('status')!r}")
     path = Path(folder, "record.json")
     text = json.dumps({**plain(record), "config": plain(record["config"], _spelled)}, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".record.json.{os.getpid()}.tmp")
+    with whole(path) as file:
+        file.write(text.encode() + b"\n")
+    return path
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is there whole or not at all: a reader, or a crash, sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -260,7 +268,6 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> Path:
         raise OSError(problem.errno, problem.strerror or str(problem), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

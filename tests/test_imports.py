@@ -56,7 +56,7 @@ OURS = {
               "schema", "train", "words", *WORLD},
     "testing": {"core", "solvers", "adjoints", "models"},
     "check": {"config", "report", "schema", "terminal", "testing"},
-    "train": {"core", "adjoints", "models", *WORLD},
+    "train": {"core", "adjoints", "models", "schema", *WORLD},
     "bench": {"core", "solvers", "adjoints", "models", "papers", "train", "report", "runs", "words", *WORLD},
     "cli": {"__init__", "config", "schema", "guard", "handover", "help", "data", "terminal", "check", "train", "bench",
             "words", "match", "compare", "report", "runs", "evaluation", "plan", "complete", "papers", "sweep", "sync",

@@ -33,15 +33,11 @@ class Row:
         self.model = device.place(parts.model)
         self.whole, self.recipe = parts.recipe, replace(parts.recipe, pretrain_steps=0)  # such steps solve nothing
         self.order = data.order(len(data.train), job.config["seed"], 1)
-        try:
-            total = self.recipe.total_steps(len(data.train))
-        except ValueError as mistake:
-            raise config.UsageError(str(mistake)) from None
-        self.step = Step(self.model, parts.penalties, self.recipe, device, total)
+        self.total, self.step_ms = self.recipe.total_steps(len(data.train)), math.nan
+        self.step = Step(self.model, parts.penalties, self.recipe, device, self.total)
         self.tally = Tally()
         self.batches = 0
         self.warm: clock.WarmUp | None = None
-        self.total, self.step_ms = total, math.nan
         self.val_acc: float | None = None  # at the weights that it stands at, of so many images
         self.val_n = 0
         self.logits: torch.Tensor | None = None  # of the first batch at the initial weights

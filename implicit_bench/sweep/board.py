@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import cores
+from ..record import whole
 from ..report import tables
 from ..terminal import ONE_BAR, Bar, duration, progress, say, share
 
@@ -180,10 +181,8 @@ class Sweep:
                 bar.at(sum(counts.values()), lambda counts=counts: ", ".join(f"{n} {s}" for s, n in counts.items()))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        """Whole or not at all, whoever reads it meanwhile."""
-        beside = self.folder / f".{name}.{os.getpid()}"
-        beside.write_text(json.dumps(content), encoding="utf-8")
-        beside.replace(self.folder / f"{name}.json")
+        with whole(self.folder / f"{name}.json") as file:
+            file.write(json.dumps(content).encode())
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..record import whole
 from ..world import world
 
 NAMES = ("last.pt", "previous.pt")
@@ -34,23 +35,16 @@ def save(folder: Path, content: dict[str, Any]) -> None:
 
 def write(path: Path, content: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
     """A file that is there whole or not at all; `before` is called when only its name is missing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError:  # torch does not say what the system said: ask it again
-                file.write(bytes(2**16))
-                file.flush()
-                raise
+    with whole(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError:  # torch does not say what the system said: ask it again
+            file.write(bytes(2**16))
             file.flush()
-            os.fsync(file.fileno())
+            raise
+        file.flush()
+        os.fsync(file.fileno())
         before()
-        os.replace(temporary, path)
-    except OSError as problem:
-        raise OSError(problem.errno, problem.strerror or str(problem), str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(folder: Path, device: torch.device, say: Any) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
+from ..schema import UsageError
+
 
 @dataclass
 class Recipe:
@@ -65,9 +67,9 @@ class Recipe:
             raise ValueError(f"recipe.epoch_images={self.epoch_images} must be at least recipe.batch={self.batch}")
 
     def steps_an_epoch(self, n_train: int) -> int:
-        """Whole batches only; an incomplete last one is left out of the epoch."""
+        """Whole batches only; an incomplete last one is left out of the epoch. Raises UsageError without one."""
         if n_train < self.batch:
-            raise ValueError(f"recipe.batch={self.batch} is more than the {n_train} training images")
+            raise UsageError(f"recipe.batch={self.batch} is more than the {n_train} training images")
         return min(n_train, self.epoch_images or n_train) // self.batch
 
     def total_steps(self, n_train: int) -> int:

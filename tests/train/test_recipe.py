@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from implicit_bench.schema import UsageError
 from implicit_bench.train import Recipe
 
 
@@ -63,7 +64,7 @@ def test_steps():
     assert Recipe(epochs=3, batch=32, max_steps=4).total_steps(100) == 4
     assert Recipe(epochs=3, batch=32, epoch_images=70).total_steps(100) == 6
     assert Recipe(epochs=3, batch=32, epoch_images=1000).total_steps(100) == 9
-    with pytest.raises(ValueError, match=r"recipe.batch=32 is more than the 20 training images"):
+    with pytest.raises(UsageError, match=r"recipe.batch=32 is more than the 20 training images"):
         recipe.steps_an_epoch(20)
 
 
