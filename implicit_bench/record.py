@@ -255,14 +255,16 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> Path:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is there whole or not at all: a reader, or a crash, sees the old one or the new one."""
+def whole(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
+    """A file to write, which is there whole or not at all: a reader, or a crash, sees the old one or the new one.
+    `before` is called when only its name is missing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        before()
         os.replace(temporary, path)
     except OSError as problem:  # which knows no name where it is the writing that fails
         raise OSError(problem.errno, problem.strerror or str(problem), str(path)) from None

@@ -27,9 +27,8 @@ RESULTS, README = page.ROOT / "results", page.ROOT / "README.md"
 COMPARED = (".md", ".csv", ".tex", ".json", ".txt", ".bib", ".svg")
 
 
-def build(folder: Path) -> str:
+def build(folder: Path, everything: Sequence[Run]) -> str:
     """tables/ and figures/ below a folder; returns README as it is to be."""
-    everything = cells.read([RESULTS])
     found = measured(everything)
     for table, protocol, grid, jobs in found:
         write(grid, table.name, folder / "tables" / protocol, jobs)
@@ -68,8 +67,9 @@ def rounds_of(everything: Sequence[Run]) -> tuple[int, list[str]]:
 
 
 def main() -> int:
+    everything = cells.read([RESULTS])
     with tempfile.TemporaryDirectory() as name, manners(True, "text"):
-        readme = build(Path(name))
+        readme = build(Path(name), everything)
         made, committed = texts(Path(name)), texts(RESULTS)
     if "--write" in sys.argv:
         for gone in committed.keys() - made.keys():
@@ -83,7 +83,7 @@ def main() -> int:
     wrong = sorted(path for path in made.keys() | committed.keys() if made.get(path) != committed.get(path))
     wrong = [f"{RESULTS.name}/{path}" for path in wrong]
     wrong += ["README.md"] if readme != README.read_text("utf-8") else []
-    ratios, false = rounds_of(cells.read([RESULTS]))
+    ratios, false = rounds_of(everything)
     for path in wrong + false:
         print(f"differs {path}", file=sys.stderr)
     print(f"{len(made) + 1 - len(wrong)} of {len(made) + 1} files are what the records say, {ratios - len(false)} of "

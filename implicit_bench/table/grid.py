@@ -187,11 +187,12 @@ def of_bars(table: Table, everything: Sequence[Run], protocol: str) -> Grid:
                 if line["row"] in (f.ratio["numerator"], f.ratio["denominator"])]  # fmt: skip
         said, values = "not run", [None, None, None]
         if fits:
-            r, used[fits[0].run.record["run_id"]] = fits[0].ratio, fits[0].run
+            best = fits[0]
+            r, used[best.run.record["run_id"]] = best.ratio, best.run
             up = r["numerator"] == line["row"]
             values = [r["value"], r["low"], r["high"]] if up else [1 / r[k] for k in ("value", "high", "low")]
-            between = "" if fits[0].hasty else f" [{values[1]:.2f}, {values[2]:.2f}]"
-            said = f"{values[0]:.2f}{between}{fits[0].but}"
+            between = "" if best.hasty else f" [{values[1]:.2f}, {values[2]:.2f}]"
+            said = f"{values[0]:.2f}{between}{best.but}"
         quotient, bar = line["table"], line["bar"]
         slip = "lower by .200" if round(quotient - bar, 2) == 0.2 else ""
         rows.append([line["of"], line["row"], line["measure"], f"{bar:.3f}", f"{quotient:.3f}", slip, said])

@@ -34,17 +34,14 @@ def save(folder: Path, content: dict[str, Any]) -> None:
 
 
 def write(path: Path, content: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
-    """A file that is there whole or not at all; `before` is called when only its name is missing."""
-    with whole(path) as file:
+    """A file that is there whole or not at all; `before` as in record.whole."""
+    with whole(path, before) as file:
         try:
             torch.save(content, file)
         except RuntimeError:  # torch does not say what the system said: ask it again
             file.write(bytes(2**16))
             file.flush()
             raise
-        file.flush()
-        os.fsync(file.fileno())
-        before()
 
 
 def load(folder: Path, device: torch.device, say: Any) -> dict[str, Any] | None:

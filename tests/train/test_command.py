@@ -1,3 +1,4 @@
+import contextlib
 import json
 import mmap
 import os
@@ -22,6 +23,21 @@ def rows(folder):
     """metrics.jsonl without times, which differ between any two runs."""
     found = list(read_jsonl(folder / "metrics.jsonl"))
     return [{k: v for k, v in row.items() if not k.startswith("timing")} for row in found]
+
+
+@contextlib.contextmanager
+def ctrl_c(at):
+    """A run within takes `at` steps: the last of them is finished, then the state saved."""
+    real = loop.Step.__call__
+
+    def stopping(self, x, y):
+        if self.taken == at - 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, x, y)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Step, "__call__", stopping)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +120,9 @@ def test_watching_the_test_split_keeps_its_best_epoch_and_changes_nothing_else(t
 
 @pytest.mark.parametrize("at", [39, 50, 78])
 def test_the_best_test_accuracy_outlives_an_interruption(tmp_path, monkeypatch, undisturbed, at):
-    real, accuracies = loop.Step.__call__, iter([0.25, 0.75, 0.5])
-
-    def stopping(self, x, y):
-        if self.taken == at - 1:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, x, y)
-
-    monkeypatch.setattr(loop, "evaluate", watched(accuracies))
-    monkeypatch.setattr(loop.Step, "__call__", stopping)
-    assert jobs.run(tmp_path, *RUN, "recipe.watch_test=true").exit_code == 130
-    monkeypatch.setattr(loop.Step, "__call__", real)
+    monkeypatch.setattr(loop, "evaluate", watched(iter([0.25, 0.75, 0.5])))
+    with ctrl_c(at):
+        assert jobs.run(tmp_path, *RUN, "recipe.watch_test=true").exit_code == 130
     done = jobs.run(tmp_path, *RUN, "recipe.watch_test=true")
     best = [r["metrics.test_acc_best_paper_style"] for r in rows(done.folder) if "epoch" in r]
     assert best == [0.25, 0.75, 0.75]
@@ -138,21 +146,13 @@ def test_an_epoch_of_fewer_images_sees_others_each_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("at", [5, 39, 50])
-def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, monkeypatch, undisturbed, at):
-    real = loop.Step.__call__
-
-    def stopping(self, x, y):
-        if self.taken == at - 1:
-            signal.raise_signal(signal.SIGINT)  # as Ctrl-C would: the step is finished, then the state saved
-        return real(self, x, y)
-
-    monkeypatch.setattr(loop.Step, "__call__", stopping)
-    first = jobs.run(tmp_path, *RUN)
+def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, undisturbed, at):
+    with ctrl_c(at):
+        first = jobs.run(tmp_path, *RUN)
     assert first.exit_code == 130
     assert record.read_record(first.folder)["status"] == "interrupted"
     assert record.read_record(first.folder)["steps"] == at
     assert not jobs.same_weights(first.folder, undisturbed.folder)
-    monkeypatch.setattr(loop.Step, "__call__", real)
     second = jobs.run(tmp_path, *RUN)
     assert second.exit_code == 0
     assert second.folder == first.folder
@@ -220,22 +220,14 @@ def test_a_corrupt_record_is_named_and_kept(tmp_path):
     assert (first.folder / "record.json").read_text().endswith('"ru')
 
 
-def test_the_epoch_that_ends_with_the_steps_is_timed_and_one_in_two_parts_is_not(tmp_path, monkeypatch):
+def test_the_epoch_that_ends_with_the_steps_is_timed_and_one_in_two_parts_is_not(tmp_path):
     words = "recipe.epochs=2", "recipe.batch=100", "recipe.max_steps=17"  # epochs of 12 steps
     folder = jobs.run(tmp_path, *words).folder
     whole = [row["timing.epoch_s"] for row in read_jsonl(folder / "metrics.jsonl") if "epoch" in row]
     assert len(whole) == 2
     assert all(seconds > 0 for seconds in whole)
-    real = loop.Step.__call__
-
-    def stopping(self, x, y):
-        if self.taken == 14:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, x, y)
-
-    monkeypatch.setattr(loop.Step, "__call__", stopping)
-    assert jobs.run(tmp_path, *words, "seed=1").exit_code == 130
-    monkeypatch.setattr(loop.Step, "__call__", real)
+    with ctrl_c(15):
+        assert jobs.run(tmp_path, *words, "seed=1").exit_code == 130
     folder = jobs.run(tmp_path, *words, "seed=1").folder
     first, second = (row["timing.epoch_s"] for row in read_jsonl(folder / "metrics.jsonl") if "epoch" in row)
     assert first > 0
