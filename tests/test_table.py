@@ -407,7 +407,7 @@ def found(*intervals, measure="train", verdict="faster", caveats=(), table="t", 
     """Ratios of one record, by (low, high)."""
     ratios = [{"measure": measure, "value": (low + high) / 2, "low": low, "high": high, "verdict": verdict, "n": n,
                "caveats": list(caveats), "numerator": "a", "denominator": "b"} for low, high in intervals]  # fmt: skip
-    run = Run("x", {"command": command}, "done", Path())
+    run = Run("x", {"command": command, "run_id": "abc"}, "done", Path())
     return [verdicts.Found(table, "sound", "box", None, ratio, run) for ratio in ratios]
 
 
@@ -481,6 +481,18 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     assert f"cdeq_mnist ({skip}): {twice}; cdeq / skip_reg_cdeq train 3.00× [2.90, 3.10]" in " ".join(out.split())
     assert "free" not in out
     assert "cdeq / skip_cdeq train 7.00×" not in out
+
+
+def test_in_brief_what_decides_is_told_whole_and_the_rest_by_its_span():
+    shy = [ratio for table, pair in (("u", (3, 4)), ("w", (0.2, 0.4)), ("x", (1, 2)))
+           for ratio in found(pair, table=table, caveats=["cdeq not converged"])]  # fmt: skip
+    whole = found((2.1, 2.5)) + found((1.9, 2.1), table="v")
+    told = "2.30× [2.10, 2.50] on t (abc); 2.00× [1.90, 2.10] on v (abc)"
+    assert verdicts.brief(whole + shy) == [f"a / b train {told}; not converged 0.30–3.50×"]
+    assert verdicts.brief(whole + shy, whole=False) == ["a / b train 2.00–2.30×; not converged 0.30–3.50×"]
+    hasty = found((1, 3), measure="backward", verdict="too few rounds")
+    assert verdicts.brief(whole[:1] + hasty, whole=False) == ["a / b train 2.30×", "a / b backward undecided 2.00×"]
+    assert verdicts.brief([]) == []
 
 
 @pytest.mark.parametrize(("words", "word"), [([], "holds"), (["recipe.epochs=1"], "not testable here")])

@@ -149,9 +149,10 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         told = {p: verdicts.told(each) for p, each in found.items()}
         why = [claim["note"]] if "note" in claim else []
         why += [] if any(told.values()) else [claim.get("why", "not run")]
-        here, theirs = "<br>".join([*told["sound"], *why]), "<br>".join(told["faithful"])
+        here = "<br>".join([*verdicts.brief(found["sound"]), *why])
+        theirs = "<br>".join(verdicts.brief(found["faithful"], whole=False))
         verdict = f"{word} {because}".strip()
-        rows.append([claim["id"], verdict, claim["says"], str(claim.get("paper", "")), here, theirs])
+        rows.append([claim["id"], claim["says"], str(claim.get("paper", "")), verdict, here, theirs])
         paper = f" (paper {claim['paper']})" if "paper" in claim else ""
         below = [("", because)] * bool(because) + [(f"{p:9} ", line) for p, lines in told.items() for line in lines]
         blocks.append(([claim["id"], word, f"{claim['says']}{paper}"], below + [("", line) for line in why]))
@@ -172,7 +173,7 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         "the paper's R1 to R4 are of CIFAR-10 and ImageNet: cdeq_mnist and mdeq_fashion are other networks and data",
         *(f"measured on {name}: {', '.join(where[name])}" for name in sorted(where)),
     ]  # fmt: skip
-    heads = ["id", "verdict", "claim", "paper", "here", "protocol=faithful"]
+    heads = ["id", "claim", "paper", "verdict", "here", "protocol=faithful"]
     plain_heads = ["id", "claim", "paper", "verdict", "protocol", "table", "at", "hardware", "numerator", "denominator",
                    "measure", "value", "low", "high", "n", "caveats", "record"]  # fmt: skip
     return Grid(table.title, heads, rows, plain_heads, plain, notes, used, blocks)

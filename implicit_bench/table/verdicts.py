@@ -88,6 +88,27 @@ def told(found: Sequence[Found]) -> list[str]:
             for (where, id), line in lines.items()]  # fmt: skip
 
 
+def brief(found: Sequence[Found], whole: bool = True) -> list[str]:
+    """A line for each pair and measure: those that a verdict rests on (`whole`: with interval, table and record), and
+    the span of those that decide nothing."""
+    lines: dict[str, tuple[list[Found], list[Found]]] = {}
+    for f in found:
+        what = f"{f.ratio['numerator']} / {f.ratio['denominator']} {f.ratio['measure']}"
+        lines.setdefault(what, ([], []))[not f.settled].append(f)
+    said = []
+    for what, (settled, others) in lines.items():
+        each = [f"{f.interval} on {f.where} ({f.run.record['run_id']})" for f in settled]
+        parts = each if whole else [_span(settled)]
+        parts += [f"{SHY if all(f.shy for f in others) else 'undecided'} {_span(others)}"] * bool(others)
+        said.append(f"{what} {'; '.join(filter(None, parts))}")
+    return said
+
+
+def _span(found: Sequence[Found]) -> str:
+    ends = sorted({f"{end([f.ratio['value'] for f in found]):.2f}" for end in (min, max)} if found else (), key=float)
+    return "–".join(ends) + "×" * bool(ends)
+
+
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
     """Of each table and pair of rows the one furthest along training, on each machine that got there the latest; one
     of too few rounds, or one reading, only where no machine has more of that pair. Those that a verdict rests on first.
