@@ -647,6 +647,7 @@ def test_a_report_is_one_page_that_fetches_nothing_and_has_what_was_measured(her
     page = Page(text)
     assert page.fetched == []
     assert f"mdeq_fashion ({id}): neural_ode / cdeq train 2.50× [2.40, 2.60]" in text
+    assert text.count("every ratio, also") == 1  # unfolds where there are any
     assert 'class="holds"' in text
     assert len(page.pictures) == 3  # speed-ups, memory, accuracy against time
     assert all(p.startswith("<?xml") and "<svg" in p for p in page.pictures)
