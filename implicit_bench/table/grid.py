@@ -28,6 +28,7 @@ class Grid:
     notes: list[str]
     used: dict[str, Run] = field(default_factory=dict)  # records, by id
     blocks: list[tuple[list[str], list[tuple[str, str]]]] = field(default_factory=list)  # instead of rows too long
+    folds: list[list[str]] = field(default_factory=list)  # more of each row, for a page that unfolds
     name: str = ""
     spare: list[list[int]] = field(default_factory=list)  # columns that a narrow terminal can do without, in that order
     lines: list[cells.Line] = field(default_factory=list)  # of a table of trainings
@@ -140,22 +141,21 @@ def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Ma
 
 def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
     """Each sentence of the papers' abstracts, what was measured under each protocol, and a word."""
-    rows, plain, blocks = [], [], []
+    rows, plain, blocks, folds = [], [], [], []
     used: dict[str, Run] = {}
     for claim in table.lines:
         found = {p: verdicts.ratios(everything, claim.get("ratios", ()), p, claim.get("tables", ()))
                  for p in ("sound", "faithful")}  # fmt: skip
         word, because = verdicts.verdict(claim, found["sound"])
-        told = {p: verdicts.told(each) for p, each in found.items()}
         why = [claim["note"]] if "note" in claim else []
-        why += [] if any(told.values()) else [claim.get("why", "not run")]
-        here = "<br>".join([*verdicts.brief(found["sound"]), *why])
-        theirs = "<br>".join(verdicts.brief(found["faithful"], whole=False))
-        verdict = f"{word} {because}".strip()
-        rows.append([claim["id"], claim["says"], str(claim.get("paper", "")), verdict, here, theirs])
-        paper = f" (paper {claim['paper']})" if "paper" in claim else ""
-        below = [("", because)] * bool(because) + [(f"{p:9} ", line) for p, lines in told.items() for line in lines]
-        blocks.append(([claim["id"], word, f"{claim['says']}{paper}"], below + [("", line) for line in why]))
+        why += [] if any(found.values()) else [claim.get("why", "not run")]
+        here, theirs = verdicts.brief(found["sound"]), verdicts.brief(found["faithful"], whole=False)
+        verdict, published = f"{word} {because}".strip(), str(claim.get("paper", ""))
+        rows.append([claim["id"], claim["says"], published, verdict, "<br>".join([*here, *why]), "<br>".join(theirs)])
+        below = [("", because)] * bool(because) + [("sound     ", line) for line in here]
+        below += [("faithful  ", line) for line in theirs] + [("", line) for line in why]
+        blocks.append(([claim["id"], word, claim["says"] + f" (paper {published})" * bool(published)], below))
+        folds.append([f"{p} {line}" for p, each in found.items() for line in verdicts.told(each)])
         plain += [[claim["id"], claim["says"], claim.get("paper"), word, p, f.table, f.at, f.hardware,
                    f.ratio["numerator"], f.ratio["denominator"], f.ratio["measure"], f.ratio["value"], f.ratio["low"],
                    f.ratio["high"], f.ratio["n"], "; ".join(f.ratio["caveats"]), f.run.record["run_id"]]
@@ -170,13 +170,14 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         "holds: under protocol sound every ratio is above 1 with its 95 % interval (of memory: with all readings) and "
         "reaches the claim's lower end",
         "fails: none is above 1; partly: in between; ratios of solves that did not converge decide nothing",
+        "a span is over tables and machines; format=csv has each ratio, with its interval and its record",
         "the paper's R1 to R4 are of CIFAR-10 and ImageNet: cdeq_mnist and mdeq_fashion are other networks and data",
         *(f"measured on {name}: {', '.join(where[name])}" for name in sorted(where)),
     ]  # fmt: skip
     heads = ["id", "claim", "paper", "verdict", "here", "protocol=faithful"]
     plain_heads = ["id", "claim", "paper", "verdict", "protocol", "table", "at", "hardware", "numerator", "denominator",
                    "measure", "value", "low", "high", "n", "caveats", "record"]  # fmt: skip
-    return Grid(table.title, heads, rows, plain_heads, plain, notes, used, blocks)
+    return Grid(table.title, heads, rows, plain_heads, plain, notes, used, blocks, folds)
 
 
 def of_bars(table: Table, everything: Sequence[Run], protocol: str) -> Grid:
