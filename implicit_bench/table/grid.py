@@ -155,7 +155,7 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         below = [("", because)] * bool(because) + [("sound     ", line) for line in here]
         below += [("faithful  ", line) for line in theirs] + [("", line) for line in why]
         blocks.append(([claim["id"], word, claim["says"] + f" (paper {published})" * bool(published)], below))
-        folds.append([f"{p} {line}" for p, each in found.items() for line in verdicts.told(each)])
+        folds.append([f"{p}: {line}" for p, each in found.items() for line in verdicts.told(each)])
         plain += [[claim["id"], claim["says"], claim.get("paper"), word, p, f.table, f.at, f.hardware,
                    f.ratio["numerator"], f.ratio["denominator"], f.ratio["measure"], f.ratio["value"], f.ratio["low"],
                    f.ratio["high"], f.ratio["n"], "; ".join(f.ratio["caveats"]), f.run.record["run_id"]]
