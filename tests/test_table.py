@@ -474,13 +474,13 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     assert (told[1]["verdict"], told[1]["record"]) == ("partly", id)
     assert {row["verdict"] for row in rows if row["id"] == "H1"} == {"not testable here"}
     main(["table", "--config-dir=own"])
-    out = capsys.readouterr().out
-    out = " ".join(out.split())
+    out = " ".join(capsys.readouterr().out.split())
     assert f"2.50× [2.40, 2.60] on mdeq_fashion at 500 ({id}); 2.20×" in out
     assert f"sound neural_ode / cdeq train 1.50× [1.40, 1.60] on cdeq_cifar10_small at 0 ({fresh});" in out
     assert "not converged 9.00× faithful neural_ode / cdeq train 7.00×" in out
     for measure in ("predict", "train"):
         assert f"cdeq / skip_cdeq {measure} 2.00× [1.90, 2.10] on cdeq_mnist ({skip})" in out
+    assert f"cdeq / skip_reg_cdeq train 3.00× [2.90, 3.10] on cdeq_mnist ({skip})" in out
     assert "free" not in out
     assert "cdeq / skip_cdeq train 7.00×" not in out
 
@@ -495,6 +495,10 @@ def test_in_brief_what_decides_is_told_whole_and_the_rest_by_its_span():
     hasty = found((1, 3), measure="backward", verdict="too few rounds")
     assert verdicts.brief(whole[:1] + hasty, whole=False) == ["a / b train 2.30×", "a / b backward undecided 2.00×"]
     assert verdicts.brief([]) == []
+    equal = found((0.0, 0.0), measure="logits", verdict="equal")
+    assert verdicts.brief(equal, whole=False) == ["a / b logits equal on t (abc)"]  # no multiple of anything
+    both = found((1.9, 2.1), measure="predict") + found((1.9, 2.1))
+    assert verdicts.told(both) == ["t (abc): a / b predict 2.00× [1.90, 2.10], train 2.00× [1.90, 2.10]"]
 
 
 @pytest.mark.parametrize(("words", "word"), [([], "holds"), (["recipe.epochs=1"], "not testable here")])

@@ -152,8 +152,9 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         here, theirs = verdicts.brief(found["sound"]), verdicts.brief(found["faithful"], whole=False)
         verdict, published = f"{word} {because}".strip(), str(claim.get("paper", ""))
         rows.append([claim["id"], claim["says"], published, verdict, "<br>".join([*here, *why]), "<br>".join(theirs)])
-        below = [("", because)] * bool(because) + [("sound     ", line) for line in here]
-        below += [("faithful  ", line) for line in theirs] + [("", line) for line in why]
+        below = [("", because)] * bool(because)
+        below += [(f"{p:9} ", line) for p, lines in (("sound", here), ("faithful", theirs)) for line in lines]
+        below += [("", line) for line in why]
         blocks.append(([claim["id"], word, claim["says"] + f" (paper {published})" * bool(published)], below))
         folds.append([f"{p}: {line}" for p, each in found.items() for line in verdicts.told(each)])
         plain += [[claim["id"], claim["says"], claim.get("paper"), word, p, f.table, f.at, f.hardware,

@@ -40,6 +40,10 @@ class Found(NamedTuple):
         return self.ratio["low"] is not None and not (self.hasty or self.shy or self.once or begun or self.cut)
 
     @property
+    def pair(self) -> str:
+        return f"{self.ratio['numerator']} / {self.ratio['denominator']}"
+
+    @property
     def hasty(self) -> bool:
         return hasty(self.ratio)
 
@@ -82,8 +86,8 @@ def told(found: Sequence[Found]) -> list[str]:
     """A line for each record and point of training: where it was measured, then its ratios, each pair named once."""
     lines: dict[tuple[str, str], dict[str, list[str]]] = {}
     for each in found:
-        r, line = each.ratio, lines.setdefault((each.where, each.run.record["run_id"]), {})
-        line.setdefault(f"{r['numerator']} / {r['denominator']}", []).append(f"{r['measure']} {each.interval}")
+        line = lines.setdefault((each.where, each.run.record["run_id"]), {})
+        line.setdefault(each.pair, []).append(f"{each.ratio['measure']} {each.interval}")
     return [f"{where} ({id}): {'; '.join(pair + ' ' + ', '.join(said) for pair, said in line.items())}"
             for (where, id), line in lines.items()]  # fmt: skip
 
@@ -91,22 +95,24 @@ def told(found: Sequence[Found]) -> list[str]:
 def brief(found: Sequence[Found], whole: bool = True) -> list[str]:
     """A line for each pair and measure: those that a verdict rests on (`whole`: with interval, table and record), and
     the span of those that decide nothing."""
-    lines: dict[str, tuple[list[Found], list[Found]]] = {}
+    lines: dict[tuple[str, str], tuple[list[Found], list[Found]]] = {}
     for f in found:
-        what = f"{f.ratio['numerator']} / {f.ratio['denominator']} {f.ratio['measure']}"
-        lines.setdefault(what, ([], []))[not f.settled].append(f)
+        lines.setdefault((f.pair, f.ratio["measure"]), ([], []))[not f.settled].append(f)
     said = []
-    for what, (settled, others) in lines.items():
-        each = [f"{f.interval} on {f.where} ({f.run.record['run_id']})" for f in settled]
-        parts = each if whole else [_span(settled)]
-        parts += [f"{SHY if all(f.shy for f in others) else 'undecided'} {_span(others)}"] * bool(others)
-        said.append(f"{what} {'; '.join(filter(None, parts))}")
+    for (pair, measure), (settled, others) in lines.items():
+        if whole or measure == "logits":  # which are no multiples
+            parts = [f"{f.interval} on {f.where} ({f.run.record['run_id']})" for f in settled]
+        else:
+            parts = [_span(settled)] if settled else []
+        if others:
+            parts.append(f"{SHY if all(f.shy for f in others) else 'undecided'} {_span(others)}")
+        said.append(f"{pair} {measure} {'; '.join(parts)}")
     return said
 
 
 def _span(found: Sequence[Found]) -> str:
-    ends = sorted({f"{end([f.ratio['value'] for f in found]):.2f}" for end in (min, max)} if found else (), key=float)
-    return "–".join(ends) + "×" * bool(ends)
+    values = [f.ratio["value"] for f in found]
+    return "–".join(dict.fromkeys(f"{end:.2f}" for end in (min(values), max(values)))) + "×"
 
 
 def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
