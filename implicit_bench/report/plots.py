@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 # PDFs with whole fonts (42): many a venue refuses Type 3
 STYLE: Any = {"svg.hashsalt": "implicit-bench", "font.size": 9, "pdf.fonttype": 42, "legend.frameon": False,
@@ -98,29 +98,48 @@ def _labels(axes: Any, names: Sequence[str], width: float) -> None:
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.2})  # fmt: skip
 
 
-def ratio_bars(paths: Sequence[Path], width: float, bars: Sequence[tuple[str, float, float, float]], title: str,
+class Bar(NamedTuple):
+    """A ratio with its 95 % interval, `low` and `high` alike where there is none."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    paper: str = ""  # as Claim.paper has it: 1.52×, or of several tables 0.95–1.52×
+
+    @property
+    def published(self) -> list[float]:
+        return [float(value) for value in self.paper.rstrip("×").split("–") if value]
+
+
+def ratio_bars(paths: Sequence[Path], width: float, bars: Sequence[Bar], title: str,
                of: str = "median ratio of paired rounds, 95 % interval") -> None:  # fmt: skip
-    """Horizontal bars of ratios, from 1 and by factors, with their intervals: (label, value, low, high) each, alike
-    where there is none."""
+    """Horizontal bars of ratios, from 1 and by factors, with their intervals and what the paper has."""
     with _drawn(*paths, size=(width, 0.9 + 0.42 * len(bars))) as figure:
         axes = figure.subplots()
         rows = range(len(bars))
-        values = [b[1] for b in bars]
-        errors = [[b[1] - b[2] for b in bars], [b[3] - b[1] for b in bars]]
-        colours = ["#4c72b0" if 1 < b[2] < b[3] else "#c44e52" if b[2] < b[3] < 1 else "#999999" for b in bars]
+        values = [b.value for b in bars]
+        errors = [[b.value - b.low for b in bars], [b.high - b.value for b in bars]]
+        colours = ["#4c72b0" if 1 < b.low < b.high else "#c44e52" if b.low < b.high < 1 else "#999999" for b in bars]
         axes.set_xscale("log")
         axes.barh(rows, [value - 1 for value in values], left=1, xerr=errors, color=colours, height=0.6,
                   error_kw={"elinewidth": 1, "capsize": 2})  # fmt: skip
         axes.axvline(1, color="black", linewidth=0.8)
-        for row, (_, value, _, high) in zip(rows, bars):
-            axes.annotate(f"{value:.2f}×", (max(high, 1), row), xytext=(4, 0), textcoords="offset points", va="center")
-        _labels(axes, [b[0] for b in bars], width)
-        least, most = min(1.0, *(b[2] for b in bars)), max(1.0, *(b[3] for b in bars))
+        for row, bar in zip(rows, bars):
+            axes.annotate(f"{bar.value:.2f}×", (max(bar.high, 1), row), xytext=(4, 0), textcoords="offset points",
+                          va="center")  # fmt: skip
+            if bar.published:  # at the bar's lower edge, clear of the figure beside it
+                axes.plot(bar.published, [row + 0.3] * len(bar.published), color="black", linewidth=0.8, marker="D",
+                          markersize=4, markerfacecolor="white", gid=f"published-{row}")  # fmt: skip
+        _labels(axes, [b.label for b in bars], width)
+        ends = [1.0, *(end for b in bars for end in (b.low, b.high, *b.published))]
+        least, most = min(ends), max(ends)
         axes.set_xlim(least / 1.15, most * (most / least) ** (0.2 if width >= WIDE else 0.35) * 1.2)
         ticks = [n * 10.0**k for k in range(-3, 4) for n in (1, 2, 5) if least / 1.15 <= n * 10.0**k <= most * 1.15]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel(textwrap.fill(of, int(14 * width)))
+        beside = "; ◇ what the paper has" if any(b.published for b in bars) else ""
+        figure.supxlabel(textwrap.fill(f"{of}{beside}", int(14 * width)), fontsize=9)
         figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9)
 
 

@@ -123,7 +123,7 @@ def sections(everything: Sequence[Run], tables: Sequence[Measured], folder: Path
     for key, runs in benches.items():
         at = max((row.get("at") or 0 for run in runs for row in run.record["rows"]), default=0)
         name, title = "-".join([*key[:2], machine.folder_name(key[2])]), _title(runs[-1], at)
-        bars = [*{bar[0]: bar for run in runs for bar in _bars(run, at)}.values()]  # the latest of each pair
+        bars = [*{bar.label: bar for run in runs for bar in _bars(run, at)}.values()]  # the latest of each pair
         if bars:
             speeds.append(drawn(f"speedup-{name}", title, partial(plots.ratio_bars, bars=bars, title=title)))
         amounts = {r["label"]: r["memory"]["train_mib"] for run in runs for r in run.record["rows"]
@@ -146,7 +146,7 @@ def sections(everything: Sequence[Run], tables: Sequence[Measured], folder: Path
     bar.close()
     return [
         Section("speed", "Speed-ups", "Median of the quotients of paired rounds with its 95 % interval; a / b above 1: "
-                "b is faster. * solves of one of them did not converge.", speeds),
+                "b is faster. * solves of one of them did not converge. ◇ what the paper has.", speeds),
         Section("accuracy", "Accuracy against time", "A line a seed. Time is training time alone: as it was, of runs "
                 "that had the machine to themselves, else steps by a step of the table's bench.", curves["accuracy"]),
         Section("nfe", "Evaluations over training", "Calls of f in a training step's forward.", curves["nfe"]),
@@ -185,12 +185,14 @@ def _title(run: Run, at: int) -> str:
     return f"{what}, {rec['protocol']}, batch {_batch(run)}{step}, {rec['environment']['cpu']}"
 
 
-def _bars(run: Run, at: int) -> list[tuple[str, float, float, float]]:
-    ratios = [r for r in run.record["ratios"] if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["value"]
-              and r["id"] != "peer"]  # fmt: skip
-    return [(f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}{'*' * verdicts.shy(r)}"
-             .removeprefix("– "), r["value"], *((r["low"], r["high"]) if r["low"] and not verdicts.hasty(r)
-                                                else (r["value"],) * 2)) for r in ratios]  # fmt: skip
+def _bars(run: Run, at: int) -> list[plots.Bar]:
+    found = []
+    for r in run.record["ratios"]:
+        if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["value"] and r["id"] != "peer":
+            label = f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}{'*' * verdicts.shy(r)}"
+            interval = (r["low"], r["high"]) if r["low"] and not verdicts.hasty(r) else (r["value"],) * 2
+            found.append(plots.Bar(label.removeprefix("– "), r["value"], *interval, r["paper"] or ""))
+    return found
 
 
 def _trainings(everything: Sequence[Run], tables: Sequence[Measured]) -> dict[str, list[cells.Line]]:
