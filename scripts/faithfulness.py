@@ -4,9 +4,9 @@ usage: python scripts/faithfulness.py [start|equilibrium|head|zero|converged|gra
                                       [--mdeq-steps 500] [--dense-steps 1000] [--images 1000] [--rounds 40] [--data DIR]
                                       [--page FILE] [--results DIR] [--runs DIR] [key=value ...]
 
-Rewrites the tables between the page's marks, and keeps the figures as results/<hardware>/faithfulness.json. Sections
-share their models, whose weights at the first step, at a fifth and at the last are kept under --runs and not trained
-again; times are taken anew. --render only writes the page, from that file.
+Rewrites the tables between the page's marks, and keeps the figures, each with its machine, as
+results/faithfulness.json. Sections share their models, whose weights at the first step, at a fifth and at the last are
+kept under --runs and not trained again; times are taken anew. --render only writes the page, from that file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def homo(start: str, args: argparse.Namespace) -> list[str]:
 
 
 def mdeq(model: str, args: argparse.Namespace, protocol: str = "sound") -> list[str]:
-    return ["experiment=mdeq_fashion", f"model={model}", f"protocol={protocol}", "recipe.batch=16",
+    best = ["protocol.best=true"] if protocol == "faithful" and "cdeq" not in model else []  # as table=mdeq_fashion has
+    return ["experiment=mdeq_fashion", f"model={model}", f"protocol={protocol}", *best, "recipe.batch=16",
             f"recipe.max_steps={args.mdeq_steps}"]  # fmt: skip
 
 
@@ -429,7 +430,7 @@ def main() -> int:
         return 0
     gpu = config.compose("train", ["gpu=cpu", f"gpu.threads={args.threads}"]).config["gpu"]
     environment = config.make(gpu, "gpu").environment()
-    file = args.results / machine.folder_name(environment["hardware"]) / "faithfulness.json"
+    file = args.results / "faithfulness.json"
     figures = json.loads(file.read_text()) if file.exists() else {}
     file.parent.mkdir(parents=True, exist_ok=True)
     for name in args.names:
