@@ -11,6 +11,7 @@ from typing import Any
 
 from ..compare.rows import Run
 from ..papers import Table
+from ..record import CONVERGED_ENOUGH
 from ..report import tables
 from ..terminal import count, number
 from . import cells, verdicts
@@ -134,7 +135,7 @@ def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Ma
                f"{number(line.timed.row['solve']['residual'], 2)}" for line in lines
                if line.timed and line.timed.shy]  # fmt: skip
         if shy:
-            notes.append(f"*: most of its solves did not converge; residual: {', '.join(shy)}")
+            notes.append(f"*: fewer than {CONVERGED_ENOUGH:.0%} of its solves converged; residual: {', '.join(shy)}")
     failed = [f"{line.label} seed {seed}: {run.record['error']}" for line in lines for seed, run in line.failed.items()]
     return [*notes, *([f"failed: {'; '.join(failed)}"] if failed else [])]
 
@@ -158,8 +159,8 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         blocks.append(([claim["id"], word, claim["says"] + f" (paper {published})" * bool(published)], below))
         folds.append([f"{p}: {line}" for p, each in found.items() for line in verdicts.told(each)])
         plain += [[claim["id"], claim["says"], claim.get("paper"), word, p, f.table, f.at, f.hardware,
-                   f.ratio["numerator"], f.ratio["denominator"], f.ratio["measure"], f.ratio["value"], f.ratio["low"],
-                   f.ratio["high"], f.ratio["n"], "; ".join(f.ratio["caveats"]), f.run.record["run_id"]]
+                   f.ratio["numerator"], f.ratio["denominator"], f.ratio["measure"], f.ratio["value"], *f.ends,
+                   f.ratio["n"], "; ".join(f.ratio["caveats"]), f.run.record["run_id"]]
                   for p, each in found.items() for f in each]  # fmt: skip
         plain += [] if any(found.values()) else [[claim["id"], claim["says"], claim.get("paper"), word, *[None] * 13]]
         used |= {f.run.record["run_id"]: f.run for each in found.values() for f in each}
@@ -188,13 +189,14 @@ def of_bars(table: Table, everything: Sequence[Run], protocol: str) -> Grid:
     for line in table.lines:
         fits = [f for f in verdicts.ratios(everything, [line["ratio"]], protocol, [line["of"]])
                 if line["row"] in (f.ratio["numerator"], f.ratio["denominator"])]  # fmt: skip
-        said, values = "not run", [None, None, None]
+        said, values = "not run", list[float | None]([None] * 3)
         if fits:
             best = fits[0]
             r, used[best.run.record["run_id"]] = best.ratio, best.run
-            up = r["numerator"] == line["row"]
-            values = [r["value"], r["low"], r["high"]] if up else [1 / r[k] for k in ("value", "high", "low")]
-            between = "" if best.hasty else f" [{values[1]:.2f}, {values[2]:.2f}]"
+            values = [r["value"], *best.ends]
+            if r["numerator"] != line["row"]:
+                values = [1 / v if v else None for v in (r["value"], *reversed(best.ends))]
+            between = "" if values[1] is None else f" [{values[1]:.2f}, {values[2]:.2f}]"
             said = f"{values[0]:.2f}{between}{best.but}"
         quotient, bar = line["table"], line["bar"]
         slip = "lower by .200" if round(quotient - bar, 2) == 0.2 else ""

@@ -61,11 +61,16 @@ class Found(NamedTuple):
         return CUT in self.ratio["caveats"]
 
     @property
+    def ends(self) -> tuple[float | None, float | None]:
+        """Of its interval; `bench` shows none of too few rounds either."""
+        return (None, None) if self.hasty else (self.ratio["low"], self.ratio["high"])
+
+    @property
     def interval(self) -> str:
         r = self.ratio
         if r["measure"] == "logits":
             return f"{r['verdict']} (largest difference {r['value']:.0e})" if r["value"] else r["verdict"]
-        if r["low"] is None or r["low"] == r["high"] or self.hasty:  # `bench` shows no interval either
+        if self.ends[0] in (None, r["high"]):
             return f"{r['value']:.2f}×"
         if r["measure"] == "memory":
             return f"{r['value']:.2f}× (readings {r['low']:.2f} to {r['high']:.2f})"
