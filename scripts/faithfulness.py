@@ -2,11 +2,12 @@
 
 usage: python scripts/faithfulness.py [start|equilibrium|head|zero|converged|gradient ...] [--homo-steps 300]
                                       [--mdeq-steps 500] [--dense-steps 1000] [--images 1000] [--rounds 40] [--data DIR]
-                                      [--page FILE] [--results DIR] [--runs DIR] [key=value ...]
+                                      [--page FILE] [--results DIR] [--runs DIR] [--only REGEX] [key=value ...]
 
 Rewrites the tables between the page's marks, and keeps the figures, each with its machine, as
 results/faithfulness.json. Sections share their models, whose weights at the first step, at a fifth and at the last are
-kept under --runs and not trained again; times are taken anew. --render only writes the page, from that file.
+kept under --runs and not trained again; times are taken anew. --only: of `converged` the rows whose labels match, the
+others stay. --render only writes the page, from that file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import copy
 import itertools
 import json
 import math
+import re
 import sys
 import textwrap
 import time
@@ -250,15 +252,18 @@ def zero(args: argparse.Namespace) -> Rows:
 
 def converged(args: argparse.Namespace) -> Rows:
     rows = []
-    for protocol, model in itertools.product(("sound", "faithful"), ("deq", "cdeq", *SKIPS)):
-        row, kept = trained(mdeq(model, args, protocol), args)
-        rows.append({"label": f"`{protocol}`, `{model}`", "skipped_steps": row.step.nonfinite,
-                     "at": {str(k): solves(row, w) for k, w in kept.items()}})  # fmt: skip
-    for protocol, model in itertools.product(("sound", "faithful"), ("deq", "cdeq", *SKIPS)):
+    models = [*itertools.product(("sound", "faithful"), ("deq", "cdeq", *SKIPS))]
+    for protocol, model in models:
+        if re.search(args.only, label := f"`{protocol}`, `{model}`"):
+            row, kept = trained(mdeq(model, args, protocol), args)
+            rows.append({"label": label, "skipped_steps": row.step.nonfinite,
+                         "at": {str(k): solves(row, w) for k, w in kept.items()}})  # fmt: skip
+    for protocol, model in models:
+        if not re.search(args.only, label := f"CIFAR-10: `{protocol}`, `{model}`"):
+            continue
         words = ["experiment=cdeq_cifar10_small", f"model={model}", f"protocol={protocol}", "recipe.batch=8"]
         row = row_of(words, args)
-        rows.append({"label": f"CIFAR-10: `{protocol}`, `{model}`",
-                     "at": {"0": solves(row, copy.deepcopy(row.model.state_dict()))}})  # fmt: skip
+        rows.append({"label": label, "at": {"0": solves(row, copy.deepcopy(row.model.state_dict()))}})
     return rows
 
 
@@ -355,6 +360,11 @@ def figure(key: str, row: dict[str, Any]) -> str:
     return share(value) if key.endswith("acc") else f"{value:.0%}" if key == "converged" else number(value, 2)
 
 
+def lost(row: dict[str, Any]) -> str:
+    counts = [at["status"] for at in row["at"].values()]
+    return " / ".join(f"{each.get('NONFINITE', 0) / sum(each.values()):.0%}" for each in counts)
+
+
 def times(row: dict[str, Any]) -> str:
     r = row["speed_up"]
     if r is None:
@@ -388,7 +398,7 @@ SECTIONS = {
         "converged": partial(figure, "converged")}),
     "zero": Section(zero, "model, start, weights", {
         **columns(figure, **SOLVED), "ms a step": partial(figure, "train_ms"), "× as fast as from zero": times}),
-    "converged": Section(converged, "protocol, model", columns(each, **SOLVED)),
+    "converged": Section(converged, "protocol, model", {**columns(each, **SOLVED), "not finite": lost}),
     "gradient": Section(gradient, "gradient", {
         **columns(figure, error="whole_error", cosine="whole_cosine"),
         **columns(figure, stem_error="stem_error", stem_cosine="stem_cosine"),
@@ -411,6 +421,9 @@ def table(name: str, found: dict[str, Any]) -> str:
     said = "; ".join([*sizes, *how["words"], found["hardware"], f"torch {found['torch']}"]) + "."
     if name == "zero" and found["alone"] is False:
         said += " Something else was at work: the times do not count."
+    for machine_of in sorted({row["hardware"] for row in found["rows"] if "hardware" in row}):
+        labels = [row["label"] for row in found["rows"] if row.get("hardware") == machine_of]
+        said += f" On {machine_of}: {'; '.join(labels)}."
     if bad := [row["label"] for row in found["rows"] if row.get("skipped_steps")]:
         said += f" Steps that were not finite were left out in the training of {', '.join(bad)}."
     cells = [[row["label"], *(cell(row) for cell in section.columns.values())] for row in found["rows"]]
@@ -426,6 +439,7 @@ def render(text: str, figures: dict[str, Any]) -> str:
 def main() -> int:
     parser = page.parser(__doc__, "faithfulness", dict(zip(SIZES, (300, 500, 1000, 1000, 64, 200, 40, 40, 2))))
     parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--only", default="", metavar="REGEX")
     if (args := page.asked(parser, [*SECTIONS], render)) is None:
         return 0
     gpu = config.compose("train", ["gpu=cpu", f"gpu.threads={args.threads}"]).config["gpu"]
@@ -436,10 +450,13 @@ def main() -> int:
     for name in args.names:
         began, alone = time.perf_counter(), machine.Alone()
         rows = SECTIONS[name].measure(args)
-        figures[name] = record.plain({
-            "hardware": environment["hardware"], "torch": environment["torch"], "alone": alone.read(),
-            "settings": {**{key: getattr(args, key) for key in SIZES}, "words": args.common}, "rows": rows,
-        })  # fmt: skip
+        settings = {**{key: getattr(args, key) for key in SIZES}, "words": args.common}
+        found = {"hardware": environment["hardware"], "torch": environment["torch"], "alone": alone.read(),
+                 "settings": settings, "rows": rows}  # fmt: skip
+        if args.only:
+            anew = {row["label"]: {**row, "hardware": environment["hardware"]} for row in rows}
+            found = {**figures[name], "rows": [anew.get(row["label"], row) for row in figures[name]["rows"]]}
+        figures[name] = record.plain(found)
         file.write_text(json.dumps(figures, indent=1) + "\n")  # after each: the next may take long
         args.page.write_text(render(args.page.read_text(), figures))
         say("rows", f"{name}: {len(rows)} in {duration(time.perf_counter() - began)}", err=True)
