@@ -99,10 +99,6 @@ class Comparison:
     ratio: Ratio
 
     @property
-    def title(self) -> str:
-        return f"{self.id} {self.slower.label} / {self.faster.label}, {self.measure}".removeprefix("– ")
-
-    @property
     def caveats(self) -> list[str]:
         found = [f"{row.label} not converged" for row in (self.slower, self.faster) if not row.converged]
         if self.id == "peer" and self.faster.ends_at_residual:

@@ -66,9 +66,7 @@ def show(rows: Sequence[Row], stages: Sequence[Stage], failed: Mapping[str, str]
         say("say", f'"{ratios.sentence(line(c))}{beside(s, c)}"')
     (folder / "table.md").write_text("\n".join([*markdown, *(f"- {label}: {text}" for label, text in head)]) + "\n")
     batch = rows[0].recipe.batch
-    drawn = [(f"{c.title}{_point(s)}", line(c)) for s, c in found if c.measure in ("train", "backward", "predict")]
-    bars = [plots.Bar(title, one.value, one.low or one.value, one.high or one.value, one.paper)
-            for title, one in drawn if one.value]  # fmt: skip
+    bars = [bar for s, c in found if c.measure in ("train", "backward", "predict") for bar in line(c).bars(_point(s))]
     if bars:
         plots.ratio_bars([folder / "speedup.svg"], plots.WIDE, bars, f"{rec['data']['name']}, batch {batch}, "
                            f"{stages[0].rounds} paired rounds, {rec['environment'].get('cpu')}")  # fmt: skip

@@ -176,9 +176,7 @@ def _keep(rec: dict[str, Any], lines: Sequence[ratios.Line], table: tuple[list[s
         cells = [ratios.cells(each) for each in lines]
         said = f'{tables.markdown(*table)}\n{tables.markdown(ratios.COLUMNS, cells)}\n- "{_headline(rec, lines)}"\n'
         (folder / "table.md").write_text(said, encoding="utf-8")
-        bars = [plots.Bar(f"{each.id} {each.slower} / {each.faster}, {each.measure}".removeprefix("– "), each.value,
-                          each.value if each.low is None else each.low, each.value if each.high is None else each.high,
-                          each.paper) for each in lines if each.value is not None]  # fmt: skip
+        bars = [bar for each in lines for bar in each.bars()]
         title = f"{rec['data']['name']}, {rec['environment'].get('cpu')}"
         plots.ratio_bars([folder / "speedup.svg"], plots.WIDE, bars, title,
                          "ratio of geometric means by seed, 95 % interval")  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .. import terminal
-from . import tables
+from . import plots, tables
 
 COLUMNS = ["id", "pair", "measure", "ratio", "95 %", "verdict", "paper", "caveat"]
 VERBS = {"train": "trains", "backward": "runs its backward", "predict": "predicts", "step": "takes a training step",
@@ -34,6 +34,17 @@ class Line(NamedTuple):
     verdict: str
     paper: str = ""
     caveats: Sequence[str] = ()
+
+    @property
+    def title(self) -> str:
+        return f"{self.id} {self.slower} / {self.faster}, {self.measure}".removeprefix("– ")
+
+    def bars(self, where: str = "") -> list[plots.Bar]:
+        """One, or none without a value; `where` tells it from others of its title."""
+        if not self.value:
+            return []
+        low, high = (self.value if end is None else end for end in (self.low, self.high))
+        return [plots.Bar(f"{self.title}{where}", self.value, low, high, self.paper)]
 
     @property
     def said(self) -> str:

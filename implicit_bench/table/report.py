@@ -190,8 +190,8 @@ def _bars(run: Run, at: int) -> list[plots.Bar]:
     for r in run.record["ratios"]:
         if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["value"] and r["id"] != "peer":
             label = f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}{'*' * verdicts.shy(r)}"
-            interval = (r["low"], r["high"]) if r["low"] and not verdicts.hasty(r) else (r["value"],) * 2
-            found.append(plots.Bar(label.removeprefix("– "), r["value"], *interval, r["paper"] or ""))
+            low, high = (end or r["value"] for end in verdicts.ends(r))
+            found.append(plots.Bar(label.removeprefix("– "), r["value"], low, high, r["paper"] or ""))
     return found
 
 

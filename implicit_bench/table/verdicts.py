@@ -22,6 +22,11 @@ def hasty(ratio: Mapping[str, Any]) -> bool:
     return "few rounds" in ratio["verdict"]
 
 
+def ends(ratio: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Of its interval; `bench` shows none of too few rounds either."""
+    return (None, None) if hasty(ratio) else (ratio["low"], ratio["high"])
+
+
 class Found(NamedTuple):
     """One ratio of one record, at the last point of training that it was measured at."""
 
@@ -37,7 +42,7 @@ class Found(NamedTuple):
         """Of solves that converged, with an interval unless it is of a kind that has none, and of errors those after a
         whole training."""
         begun = self.ratio["measure"] == "errors" and self.run.record["command"] == "bench"
-        return self.ratio["low"] is not None and not (self.hasty or self.shy or self.once or begun or self.cut)
+        return self.ends[0] is not None and not (self.shy or self.once or begun or self.cut)
 
     @property
     def pair(self) -> str:
@@ -62,8 +67,7 @@ class Found(NamedTuple):
 
     @property
     def ends(self) -> tuple[float | None, float | None]:
-        """Of its interval; `bench` shows none of too few rounds either."""
-        return (None, None) if self.hasty else (self.ratio["low"], self.ratio["high"])
+        return ends(self.ratio)
 
     @property
     def interval(self) -> str:
