@@ -442,6 +442,8 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="REGEX")
     if (args := page.asked(parser, [*SECTIONS], render)) is None:
         return 0
+    if args.only and args.names != ["converged"]:
+        parser.error(f"--only={args.only} chooses among the rows of converged; name that section alone")
     gpu = config.compose("train", ["gpu=cpu", f"gpu.threads={args.threads}"]).config["gpu"]
     environment = config.make(gpu, "gpu").environment()
     file = args.results / "faithfulness.json"

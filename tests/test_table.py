@@ -238,6 +238,14 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(here, capsys, words, s
     assert not (here / "tables").exists()
 
 
+@pytest.mark.parametrize("command", ["table", "bench"])
+def test_a_claim_that_there_is_not_is_a_sentence_before_any_work(here, capsys, command):
+    (here / "own/table/other.yaml").write_text("inherits: mine\nclaims: [R9, R77]\n")
+    assert main([command, "table=other", "--config-dir=own", "paths.runs=made"][: 3 + (command == "bench")]) == 2
+    assert "table=other: no claim 'R77'; there are R1 to R7, R9 and H1 to H5" in capsys.readouterr().err
+    assert not (here / "made").exists()
+
+
 def test_the_table_of_the_page_is_one(here, capsys):
     page = (Path(__file__).parent.parent / "docs/tables.md").read_text()
     (text,) = re.findall(r"```yaml\n(.*?)```", page, re.S)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..papers import Table, table
+from ..schema import UsageError
 
 PAPERS = ("cdeq_cifar10_small", "cdeq_cifar10_large", "cdeq_imagenet_small")  # the tables with cells to divide
 
@@ -62,5 +63,8 @@ FREE = ("R1", "R2", "R3", "R4", "R5", "R6", "R9")  # those asked of a free list 
 
 
 def asked(of: Table | None) -> list[Claim]:
+    """Those of a table, or of a free list of models. Raises UsageError for an id that no claim has."""
     ids = (*of.claims, "–") if of else (*FREE, "–")
+    if of and (unknown := next((id for id in of.claims if id not in {claim.id for claim in CLAIMS}), None)):
+        raise UsageError(f"table={of.name}: no claim {unknown!r}; there are R1 to R7, R9 and H1 to H5")
     return [claim for claim in CLAIMS if claim.id in ids]

@@ -21,7 +21,7 @@ from ..sync import replay
 from ..terminal import Bar, count, duration, progress, say
 from ..train import Interrupted
 from ..train.signals import sigterm_as_ctrl_c
-from . import memory, peers, show
+from . import claims, memory, peers, show
 from .arithmetic import arithmetic_ms
 from .ratios import Prices, Stage, comparisons
 from .rows import Row, labels, make_rows, refuse_unlike, steps_a_round, warm_steps
@@ -54,6 +54,7 @@ def agreed(jobs: Sequence[config.Composed], words: Sequence[str]) -> tuple[float
     if budget is None and (not isinstance(rounds, int) or rounds < 1):
         raise config.UsageError(f"rounds={rounds!r} is not possible; write a whole number, 40 or more for an interval")
     peers.asked(first["peers"])
+    claims.asked(jobs[0].table)
     if bad := [k for k in first["at"] or () if k < 0]:
         raise config.UsageError(f"at={bad[0]} is not possible; write steps of training, such as at=0,100,500")
     devices: list[Device] = [config.make(job.config["gpu"], "gpu") for job in jobs]

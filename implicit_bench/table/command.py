@@ -104,8 +104,7 @@ def _fits(table: Table, words: Words, given: Mapping[str, str]) -> None:
             if unknown := next((column for column in row.published if column not in cells.COLUMNS), None):
                 raise UsageError(f"table={table.name}, row {label}: no column {unknown!r} to be published"
                                  f"{nearest(unknown, [*cells.COLUMNS])}")  # fmt: skip
-        if unknown := next((id for id in table.claims if id not in {claim.id for claim in claims.CLAIMS}), None):
-            raise UsageError(f"table={table.name}: no claim {unknown!r}; there are R1 to R7, R9 and H1 to H5")
+        claims.asked(table)
         return
     takes = ["protocol"] if table.kind in ("bars", "board") else []
     said = [*(word for word in words.overrides if word.partition("=")[0] not in takes),
