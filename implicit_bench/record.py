@@ -93,6 +93,12 @@ def cell_id(config: Mapping[str, Any]) -> str:
     return _hash(config, LABELS | {"gpu"})
 
 
+def cell_of(record: Mapping[str, Any]) -> str:
+    """Its cell_id; of a record of other NUMERICS, which has another run_id than its config has now, none that is."""
+    config = record["config"]
+    return cell_id(config) if run_id(config) == record["run_id"] else f"{cell_id(config)} as {record['run_id']} was"
+
+
 def _hash(config: Mapping[str, Any], less: set[str]) -> str:
     kept = {key: value for key, value in config.items() if key not in less}
     values = plain(kept, lambda number: int(number) if number.is_integer() else _spelled(number))

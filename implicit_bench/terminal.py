@@ -101,7 +101,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return "–"
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    if abs(value) >= 10**digits:
+    if abs(value) >= 10**digits - 0.5:
         return f"{value:.0f}"
     return f"{value:#.{digits}g}".rstrip(".")
 

@@ -220,6 +220,23 @@ def test_what_speaks_against_a_comparison_stands_beside_it(here, capsys):
     assert '"no headline: cdeq not converged"' in capsys.readouterr().out
 
 
+def test_one_seed_that_did_not_converge_leaves_no_headline(here, capsys):
+    for seed, converged in enumerate((1.0, 1.0, 0.9)):  # .967 of all
+        put(here, "neural_ode", seed, converged=None)
+        put(here, "cdeq", seed, converged=converged)
+    assert main([*PAIR]) == 0
+    assert '"no headline: cdeq not converged"' in capsys.readouterr().out
+
+
+def test_a_headline_has_its_caveats_and_accuracies_in_the_order_of_its_rows(here, capsys):
+    put(here, "neural_ode", 0, metrics={"val_acc": 0.9, "test_acc": 0.7})
+    put(here, "cdeq", 0, environment={"git": "def5678"}, metrics={"val_acc": 0.9, "test_acc": 0.8})
+    assert main([*PAIR]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"neural_ode / cdeq: one seed in \w+ here, .*of different commits\); test accuracy 0.700 against "
+                     r"0.800", out)  # fmt: skip
+
+
 GOLDEN = """\
 compare cdeq against neural_ode: digits, trained alike and alone, by seed
 machine AMD EPYC · 1 thread · torch 2.13.0 · allocator glibc-tuned · batch 32

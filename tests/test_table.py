@@ -20,14 +20,15 @@ import pytest
 from test_compare import ENVIRONMENT, put
 from test_log import inspect
 
-from implicit_bench import papers, record, schema
+from implicit_bench import config, papers, record, schema
 from implicit_bench.cli import main
 from implicit_bench.compare.figures import CUT
 from implicit_bench.compare.rows import Run
+from implicit_bench.report.ratios import WIDE
 from implicit_bench.schema import GROUPS
-from implicit_bench.table import cells, verdicts
+from implicit_bench.table import cells, columns, verdicts
 from implicit_bench.table.command import publish
-from implicit_bench.table.report import _bars
+from implicit_bench.table.report import _bars, _curves, _trainings
 
 MINE = """title: Digits
 source: a paper of mine
@@ -240,10 +241,10 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(here, capsys, words, s
 
 @pytest.mark.parametrize("command", ["table", "bench"])
 def test_a_claim_that_there_is_not_is_a_sentence_before_any_work(here, capsys, command):
-    (here / "own/table/other.yaml").write_text("inherits: mine\nclaims: [R9, R77]\n")
-    assert main([command, "table=other", "--config-dir=own", "paths.runs=made"][: 3 + (command == "bench")]) == 2
-    assert "table=other: no claim 'R77'; there are R1 to R7, R9 and H1 to H5" in capsys.readouterr().err
-    assert not (here / "made").exists()
+    (here / "own/table/unclaimed.yaml").write_text("inherits: mine\nclaims: [R9, R77]\n")
+    assert main([command, "table=unclaimed", "--config-dir=own"]) == 2
+    assert "table=unclaimed: no claim 'R77'; there are R1 to R7, R9 and H1 to H5" in capsys.readouterr().err
+    assert not (here / "runs").exists()
 
 
 def test_the_table_of_the_page_is_one(here, capsys):
@@ -372,9 +373,80 @@ def test_what_was_worked_out_or_disturbed_or_did_not_converge_is_marked(here, ca
     assert re.search(r"deq \*\s+2/2\s+~[\d.]+\s+60.0", out)
     assert "~: trainings were not alone" in out
     assert f"times of a step of 32 images: {id}, 60 rounds, not alone on its machine" in out
-    assert "*: fewer than 95% of its solves converged; residual: deq 0.31" in out
+    assert "*: fewer than 95% of its solves converged: deq when timed to a residual of 0.31" in out
     _, (deq,) = asked(capsys, "rows=deq", "columns=train_min,train_s")
     assert (deq["train_min_n"], deq["train_min_sd"], deq["timed_converged"]) == ("1", "", "0.2")
+
+
+def test_a_training_that_was_not_alone_costs_what_its_evaluations_do(here, capsys):
+    folder = put(here, "deq", 0, environment={"alone": False})
+    rows = [{"step": 10 * k, "epoch": k, "metrics.val_acc": acc, "solve.nfe_forward": f, "solve.nfe_backward": b}
+            for k, (acc, f, b) in enumerate([(0.5, 24.0, 6.0), (0.95, 12.0, 9.0), (0.95, 12.0, 6.0)], 1)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = timed("deq", 10_000.0)  # of 12 evaluations forward, and 6 backward
+    row["timing"]["forward_ms"] = {"median": 4_000.0, "n": 60}
+    bench(here, [], rows=[row])
+    _, (deq,) = asked(capsys, "rows=deq", "columns=train_min,target_s")
+    assert float(deq["target_s"]) == pytest.approx(10 * (10 + 4) + 10 * (10 + 2.5) + 10 * 10)  # two epochs to be sure
+    assert float(deq["train_min"]) == pytest.approx((140 + 125 + 100) / 60)
+    more = timed("deq", 50_000.0, at=0)
+    more["solve"] |= {"nfe_forward": 25.0}
+    more["timing"]["forward_ms"] = {"median": 25_000.0, "n": 60}
+    bench(here, [], rows=[more, {**row, "at": 30}], name="twice", started="2026-06-01T00:00:00+00:00")
+    _, (deq,) = asked(capsys, "rows=deq", "columns=train_min,target_s")
+    assert float(deq["train_min"]) == pytest.approx((490 + 125 + 100) / 60)  # the first epoch was as that point is
+    del row["timing"]["forward_ms"], row["timing"]["backward_ms"]  # nothing to tell them apart by
+    bench(here, [], rows=[{**row, "at": 30}], name="plain", started="2027-01-01T00:00:00+00:00")
+    _, (deq,) = asked(capsys, "rows=deq", "columns=train_min,target_s")
+    assert float(deq["train_min"]) == pytest.approx(300 / 60)
+
+
+@pytest.mark.parametrize(("solve", "said"), [({"converged_fraction": 0.2}, "in training 20%"),
+                                             ({"test": {"converged_fraction": 0.9}}, "at test 90%")])  # fmt: skip
+def test_trainings_whose_solves_did_not_converge_are_marked_in_a_table_without_times(here, capsys, solve, said):
+    put(here, "deq", 0)
+    folder = put(here, "deq", 1)
+    rec = record.read_record(folder)
+    rec["solve"] |= solve
+    record.write_record(folder, rec)
+    put(here, "cdeq", 0)
+    main(["table", "table=mine", "--config-dir=own", "columns=test_acc"])
+    out = capsys.readouterr().out
+    assert "deq *  2/2" in out
+    assert "cdeq *" not in out
+    share = said.replace("20%", "60%").replace("in training 90%", "in training 95%")  # averaged over the seeds
+    assert f"*: fewer than 95% of its solves converged: deq {share}\n" in out
+
+
+def test_a_bench_of_few_rounds_takes_no_fuller_ones_place(here, capsys):
+    bench(here, [], rows=[timed("deq", 5.0)])
+    few = timed("deq", 7.0)
+    few["timing"] = {name: {**times, "n": 3} for name, times in few["timing"].items()}
+    bench(here, [], rows=[few], name="few", status="interrupted", started="2027-01-01T00:00:00+00:00")
+    _, (deq,) = asked(capsys, "rows=deq", "columns=train_s")
+    assert float(deq["train_s"]) == pytest.approx(5e-3)
+
+
+def test_what_other_numerics_trained_fills_no_cell(here, capsys, monkeypatch):
+    put(here, "deq", 0)
+    assert asked(capsys)[1][0]["n"] == "1"
+    monkeypatch.setattr(record, "NUMERICS", record.NUMERICS + 1)
+    assert asked(capsys)[1][0]["n"] == "0"
+    main(["table", "table=mine", "--config-dir=own", "run_missing=true", "plan=true"])
+    assert "4 trainings" in capsys.readouterr().out.replace("4 jobs", "4 trainings")
+
+
+def test_the_same_training_on_two_machines_is_two_records_to_publish(here, capsys):
+    for box in ("box", "slow box"):
+        put(here, "deq", 0, folder=f"runs/{box}", environment={"hardware": box})
+    main(["table", "table=mine", "--config-dir=own", "publish=true", "records=runs/box,runs/slow box"])
+    assert len([*here.glob("results/*/deq-*.record.json")]) == 2
+
+
+@pytest.mark.parametrize(("mean", "sd", "said"), [(999.7, 3.2, "1000 ± 3"), (999.4, 3.2, "999 ± 3"),
+                                                  (12.345, 0.5, "12.3 ± 0.5"), (1234.0, None, "1234")])  # fmt: skip
+def test_three_significant_digits_and_as_many_decimals_of_their_sd(mean, sd, said):
+    assert columns.spelled(mean, sd, None) == said
 
 
 def test_on_a_narrow_terminal_a_column_goes_with_the_papers(here, capsys, monkeypatch):
@@ -426,6 +498,9 @@ def found(*intervals, measure="train", verdict="faster", caveats=(), table="t", 
      (found((1.1, 1.9)), "partly on t: above 1, none reaches 2×"),
      (found((2.1, 2.5), (0.8, 1.2)), "partly on t: 1 of 2 above 1"),
      (found((0.8, 1.2)), "fails on t"), (found((0.5, 0.8)), "fails on t"),
+     (found((0.9, 1.9), caveats=[WIDE]), "fails on t"),  # twice as fast it is not
+     (found((0.9, 2.7), caveats=[WIDE]), "not testable here "),
+     (found((0.9, 2.7), caveats=[WIDE]) + found((2.1, 2.5), table="u"), "holds on u alone"),
      (found((1.1, 1.9)) + found((3, 4), table="u", caveats=["cdeq not converged"]),
       "partly on t alone: above 1, none reaches 2×"),
      (found((2.1, 2.5)) + found((3, 4), table="u"), "holds on t, u"),
@@ -447,7 +522,7 @@ def test_a_claim_of_likeness_is_refuted_by_what_is_below_one_alone():
     pairs = (0.4, 9), (2, 9), (0.2, 0.7)
     words = [verdicts.verdict({"equal": True}, found(pair, measure="spread"))[0] for pair in pairs]
     assert words == ["holds", "holds", "fails"]
-    wide = found(pairs[0], measure="spread", caveats=["interval too wide to tell"])
+    wide = found(pairs[0], measure="spread", caveats=[WIDE])
     assert verdicts.verdict({"equal": True}, wide)[0] == "not testable here"
     both = verdicts.verdict({"equal": True}, found(pairs[0], pairs[2], measure="spread"))
     assert both == ("partly", "on t: 1 of 2 not below 1")
@@ -493,6 +568,23 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     assert "cdeq / skip_cdeq train 7.00×" not in out
 
 
+def test_claims_are_of_no_bench_with_other_settings_or_fewer_rounds_and_of_each_count_of_threads(here, capsys):
+    r1, late = ("R1", "neural_ode", "cdeq", "train"), "2027-01-01T00:00:00+00:00"
+    rows = [timed("cdeq", 1.0), timed("neural_ode", 2.0)]
+    asked_for = config.compose("train", ["experiment=cdeq_mnist", "model=cdeq", "solver=tsit5"]).config
+    settings = {key: asked_for[key] for key in cells.STEP}
+    sure = bench(here, [(*r1, 1.5, 1.4, 1.6)], table="cdeq_mnist", rows=rows, settings=settings)
+    loose = {**settings, "stop": {**settings["stop"], "tol": 0.5}}
+    bench(here, [(*r1, 3.0, 2.9, 3.1)], table="cdeq_mnist", name="loose", started=late, rows=rows, settings=loose)
+    few = {"verdict": "too few rounds", "n": 3}
+    bench(here, [(*r1, 4.0, 2.9, 5.1, few)], table="cdeq_mnist", name="few", started=late, status="interrupted",
+          rows=rows, settings=settings)  # fmt: skip
+    two = bench(here, [(*r1, 1.7, 1.6, 1.8)], table="cdeq_mnist", name="two", threads=2, rows=rows, settings=settings)
+    _, rows = asked(capsys, table="claims")
+    told = [(row["record"], row["hardware"]) for row in rows if row["id"] == "R1"]
+    assert sorted(told) == sorted([(sure, "box, 1 thread"), (two, "box, 2 threads")])
+
+
 def test_in_brief_what_decides_is_told_whole_and_the_rest_by_its_span():
     shy = [ratio for table, pair in (("u", (3, 4)), ("w", (0.2, 0.4)), ("x", (1, 2)))
            for ratio in found(pair, table=table, caveats=["cdeq not converged"])]  # fmt: skip
@@ -509,7 +601,8 @@ def test_in_brief_what_decides_is_told_whole_and_the_rest_by_its_span():
     assert verdicts.told(both) == ["t (abc): a / b predict 2.00× [1.90, 2.10], train 2.00× [1.90, 2.10]"]
 
 
-@pytest.mark.parametrize(("words", "word"), [([], "holds"), (["recipe.epochs=1"], "not testable here")])
+@pytest.mark.parametrize(("words", "word"), [([], "holds"), (["recipe.epochs=1"], "not testable here"),
+                                             (["network.width=16"], "not testable here")])  # fmt: skip
 def test_a_comparison_of_whole_trainings_tells_of_their_errors_and_of_no_time(here, capsys, words, word):
     words = ["experiment=homo_mnist", "network=homo_conv", *words]
     labels = {"data": {"name": "mnist"}}
@@ -616,9 +709,9 @@ def test_ours_stand_among_the_published(here, capsys):
 def test_published_cells_are_spelled_as_the_paper_has_them():
     theirs = {"test_acc": [0.98070, 0.0008], "nfe": [4.001, 0.0], "train_min": 5.197, "params": 138_000}
     line = cells.Line("deq", papers.Row(published=theirs))
-    assert [cells.published(line, c) for c in ("test_acc", "nfe", "train_min", "params", "val_acc")] == [
+    assert [columns.published(line, c) for c in ("test_acc", "nfe", "train_min", "params", "val_acc")] == [
         "98.07 ± 0.08", "4.001 ± 0.000", "5.197", "138,000", ""]  # fmt: skip
-    assert str(cells.cell(replace(line, timed=None), "train_s")) == "not timed"
+    assert str(columns.measured(replace(line, timed=None), "train_s")) == "not timed"
 
 
 def test_a_table_cites_its_methods_and_no_others(here, capsys):
@@ -675,15 +768,26 @@ def test_a_report_is_one_page_that_fetches_nothing_and_has_what_was_measured(her
     assert len(page.pictures) == 3  # speed-ups, memory, accuracy against time
     assert all(p.startswith("<?xml") and "<svg" in p for p in page.pictures)
     names = {path.name for path in (here / "report/figures").iterdir()}
-    for name in ("speedup-mdeq_fashion-sound-box", "memory-mdeq_fashion-sound-box", "accuracy-digits_sound_box"):
+    amounts = "memory-mdeq_fashion-sound-box_1_thread"
+    for name in ("speedup-mdeq_fashion-sound-box_1_thread", amounts, "accuracy-digits_sound_box"):
         assert {f"{name}.svg", f"{name}.png", f"{name}.pdf", f"{name}-narrow.pdf"} <= names
     widths = [float(re.search(rb"/MediaBox\s*\[\s*0 0 ([\d.]+)", (here / f"report/figures/{name}").read_bytes())[1])
-              for name in (f"memory-mdeq_fashion-sound-box{narrow}.pdf" for narrow in ("", "-narrow"))]  # fmt: skip
+              for name in (f"{amounts}{narrow}.pdf" for narrow in ("", "-narrow"))]  # fmt: skip
     assert widths == [6.75 * 72, 3.25 * 72]
     svgs = {p.name: p.read_bytes() for p in (here / "report/figures").glob("*.svg")}
     assert main(["report", "out=again"]) == 0
     assert {p.name: p.read_bytes() for p in (here / "again/figures").glob("*.svg")} == svgs
     assert (here / "again/report.html").read_text() == text
+
+
+def test_the_report_has_curves_of_what_did_not_converge_and_tells_settings_apart(here):
+    for words in ([], ["recipe.lr=0.1"]):
+        folder = put(here, "cdeq", 0, *words, converged=0.0)
+        rows = [{"step": 10 * k, "epoch": k, "solve.residual": 0.5 / k} for k in (1, 2)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [lines] = _trainings(cells.read([here / "runs"]), []).values()
+    assert sorted(line.label for line in lines) == sorted(f"cdeq {path.name[-10:]}" for path in here.glob("runs/*"))
+    assert [_curves(line, "residual") for line in lines] == [[([1, 2], [0.5, 0.25])]] * 2
 
 
 def test_bars_of_too_few_rounds_have_no_interval(here):

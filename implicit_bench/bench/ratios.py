@@ -14,7 +14,7 @@ from .. import clock
 from ..clock import Ratio
 from ..papers import Table
 from ..record import CONVERGED_ENOUGH
-from ..report.ratios import too_wide, verdict
+from ..report.ratios import NOT_CONVERGED, too_wide, verdict
 from ..terminal import number
 from .claims import asked
 
@@ -100,7 +100,7 @@ class Comparison:
 
     @property
     def caveats(self) -> list[str]:
-        found = [f"{row.label} not converged" for row in (self.slower, self.faster) if not row.converged]
+        found = [f"{row.label} {NOT_CONVERGED}" for row in (self.slower, self.faster) if not row.converged]
         if self.id == "peer" and self.faster.ends_at_residual:
             ours, theirs = (number(row.means["residual"], 2) for row in (self.faster, self.slower))
             found.append(f"residual {ours} against its {theirs}")

@@ -61,9 +61,11 @@ def show(rows: Sequence[Row], stages: Sequence[Stage], failed: Mapping[str, str]
     for label, error in failed.items():
         say("failed", f"{label}: {error}")
     found = [(stage, c) for stage in stages for c in stage.found]
-    if sentences := [(s, c) for s, c in found if c.ratio.n >= clock.MIN_ROUNDS]:
-        s, c = min(sentences, key=lambda pair: (pair[1].measure != "train", -(pair[0].at or 0)))
-        say("say", f'"{ratios.sentence(line(c))}{beside(s, c)}"')
+    if enough := [(s, c) for s, c in found if c.ratio.n >= clock.MIN_ROUNDS]:
+        fine = [(s, c) for s, c in enough if not ratios.stuck(c.caveats)]
+        s, c = min(fine or enough, key=lambda pair: (pair[1].measure != "train", -(pair[0].at or 0)))
+        why = f"no headline: {'; '.join(ratios.stuck(c.caveats))}"
+        say("say", f'"{ratios.sentence(line(c))}{beside(s, c)}"' if fine else why)
     (folder / "table.md").write_text("\n".join([*markdown, *(f"- {label}: {text}" for label, text in head)]) + "\n")
     batch = rows[0].recipe.batch
     bars = [bar for s, c in found if c.measure in ("train", "backward", "predict") for bar in line(c).bars(_point(s))]
@@ -77,8 +79,9 @@ def show(rows: Sequence[Row], stages: Sequence[Stage], failed: Mapping[str, str]
 
 
 def beside(stage: Stage, c: Comparison) -> str:
-    """What has to stand beside a time: the accuracy there, and when."""
-    known = [f.val_acc for f in (c.faster, c.slower) if f.val_acc is not None]
+    """What has to stand beside a time: the accuracy there, and when; in the order of the sentence."""
+    rows = (c.faster, c.slower) if c.ratio.verdict in ("faster", "slower") else (c.slower, c.faster)
+    known = [f.val_acc for f in rows if f.val_acc is not None]
     accuracy = f"; validation accuracy {' against '.join(map(share, known))}" if len(known) == 2 else ""
     return accuracy + ("" if stage.at is None else f", step {stage.at:,}")
 

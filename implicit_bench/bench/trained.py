@@ -48,7 +48,7 @@ def finished(row: Row) -> Path | None:
     for last in sorted(Path(cfg["paths"]["runs"]).glob(f"{pattern}/{checkpoint.NAMES[0]}")):
         with contextlib.suppress(record.RecordError):
             rec = record.read_record(last.parent)
-            if (rec["command"], rec["status"], record.cell_id(rec["config"]), rec["config"]["gpu"]["dtype"]) == (
+            if (rec["command"], rec["status"], record.cell_of(rec), rec["config"]["gpu"]["dtype"]) == (
                     "train", "done", cell, dtype):  # fmt: skip
                 return last.parent
     return None

@@ -16,7 +16,7 @@ from ..sync import replay
 from ..terminal import number, say, share
 from ..words import plain
 from . import spelled
-from .figures import CUT, MEASURES, OF_TESTS, SHARE, WINDOW, Pair, converged, line, of_row
+from .figures import CUT, MEASURES, OF_TESTS, SHARE, WINDOW, Pair, line, of_row
 from .rows import Row, Run, find, refuse_unlike, row
 
 COLUMNS = ["model", "seeds", "val acc", "test acc", "step ms", "nfe f/b", "epochs", "train s", "s to target"]
@@ -112,7 +112,7 @@ def compare(rows: Sequence[Row], top: Path, logger: str | None = None) -> None:
 
 
 def _cut(run: Run) -> bool:
-    said = ("length=", "recipe", "dataset")
+    said = ("length=", "recipe", "dataset", "network.", "protocol.", "stop.")
     return any(word.startswith(said) for word in spelled.words(run.record))
 
 
@@ -150,15 +150,16 @@ def _print(rows: Sequence[Row], pairs: Sequence[Pair], rec: Mapping[str, Any], l
 
 
 def _headline(rec: Mapping[str, Any], lines: Sequence[ratios.Line]) -> str:
-    """Of the ratios with an interval, the one nearest to what a user waits for; none of a row that did not converge."""
-    stuck = [f["label"] for f in rec["rows"] if not converged(f)]
-    fine = [each for each in lines if each.slower not in stuck and each.faster not in stuck]
+    """Of the ratios with an interval, the one nearest to what a user waits for; none of solves that did not
+    converge."""
+    fine = [each for each in lines if not ratios.stuck(each.caveats)]
     if not fine:
-        return f"no headline: {', '.join(stuck)} not converged"
+        return f"no headline: {'; '.join(ratios.stuck(lines[0].caveats))}"
     times = [each for each in fine if each.measure in MEASURES]
     best = min(times, key=lambda each: (each.low is None, each.value is None, -MEASURES.index(each.measure)))
     acc = {f["label"]: share(f["metrics"]["test_acc"]) for f in rec["rows"]}
-    return f"{ratios.sentence(best)}; test accuracy {acc[best.faster]} against {acc[best.slower]}"
+    a, b = (best.faster, best.slower) if best.verdict in ("faster", "slower") else (best.slower, best.faster)
+    return f"{ratios.sentence(best)}; test accuracy {acc[a]} against {acc[b]}"
 
 
 def _keep(rec: dict[str, Any], lines: Sequence[ratios.Line], table: tuple[list[str], list[list[str]]], folder: Path,

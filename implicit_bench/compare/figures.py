@@ -12,7 +12,7 @@ from typing import Any
 from ..bench.claims import CLAIMS, Claim
 from ..jsonl import read_jsonl
 from ..record import CONVERGED_ENOUGH
-from ..report.ratios import Line, too_wide, verdict
+from ..report.ratios import NOT_CONVERGED, Line, too_wide, verdict
 from .rows import Row, Run
 
 MEASURES = ("step", "epochs", "accuracy")
@@ -138,7 +138,7 @@ class Pair:
 
     def _caveats(self, found: dict[str, Any]) -> list[str]:
         runs = [t.run for side in (self.a, self.b) for t in side.values()]
-        caveats = [f"{row.label} not converged" for row, side in ((self.base, self.a), (self.other, self.b))
+        caveats = [f"{row.label} {NOT_CONVERGED}" for row, side in ((self.base, self.a), (self.other, self.b))
                    if not all(converged(t.run.record) for t in side.values())]
         caveats += [f"{row.label} diverged with seed {', '.join(map(str, row.diverged))}"
                     for row in (self.base, self.other) if row.diverged]  # fmt: skip

@@ -25,6 +25,11 @@ class Run(NamedTuple):
         return self.record["config"]["model"]["name"]
 
     @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from others: an id does not say on which machine."""
+        return self.record["run_id"], self.record["environment"]["hardware"] or ""
+
+    @property
     def seed(self) -> int:
         return self.record["config"]["seed"]
 

@@ -21,6 +21,14 @@ WORDS = {"nfe": {"faster": "fewer evaluations", "slower": "more evaluations"},  
          "spread": {"faster": "less spread over seeds", "slower": "more spread over seeds"}}  # fmt: skip
 
 
+NOT_CONVERGED, WIDE = "not converged", "interval too wide to tell"  # caveats
+
+
+def stuck(caveats: Sequence[str]) -> list[str]:
+    """Those of solves that did not converge."""
+    return [caveat for caveat in caveats if NOT_CONVERGED in caveat]
+
+
 class Line(NamedTuple):
     """slower's time over faster's, above 1 where `faster` is; None for what there is not."""
 
@@ -76,7 +84,7 @@ def verdict(low: float, high: float) -> str:
 
 def too_wide(verdict: str, low: float, high: float) -> list[str]:
     """The caveat of an interval in which a difference worth having may hide."""
-    return ["interval too wide to tell"] if verdict == "no difference" and high > 1.2 * low else []
+    return [WIDE] if verdict == "no difference" and high > 1.2 * low else []
 
 
 def cells(line: Line) -> list[str]:
@@ -91,19 +99,22 @@ def cells(line: Line) -> list[str]:
 
 
 def sentence(line: Line) -> str:
-    """One plain sentence that a user could put in a paper."""
-    pair, paper = f"{line.slower} / {line.faster}", f" (paper {line.paper})" if line.paper else ""
+    """One plain sentence that a user could put in a paper, with what speaks against it."""
+    pair = f"{line.slower} / {line.faster}"
+    paper = line.paper and f"paper {f'{pair} ' * (line.verdict == 'slower')}{line.paper}"  # which is never turned round
+    beside = "; ".join(filter(None, [paper, *line.caveats]))
+    beside = beside and f" ({beside})"
     if line.value is None:
         return f"{pair}: no ratio in {line.measure}, {line.verdict}"
     value, low, high = line.value, line.low, line.high
     if low is None or high is None or line.verdict not in ("faster", "slower"):
         interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-        return f"{pair}: {line.verdict} in {line.measure} here, {line.said}{interval}{paper}"
+        return f"{pair}: {line.verdict} in {line.measure} here, {line.said}{interval}{beside}"
     if line.verdict == "slower":
         value, low, high = 1 / value, 1 / high, 1 / low
     verdict = WORDS.get(line.measure, {}).get(line.verdict, line.verdict)
     return (f"{line.faster} {VERBS[line.measure]} {value:.2f}× [{low:.2f}, {high:.2f}] {verdict} than "
-            f"{line.slower} here{paper}")  # fmt: skip
+            f"{line.slower} here{beside}")  # fmt: skip
 
 
 def show(rows: Sequence[Sequence[str]], how: str) -> None:

@@ -29,7 +29,8 @@ from ..schema import UsageError, files, nearest
 from ..sync import replay
 from ..terminal import say
 from ..words import Words, split
-from . import cells
+from . import cells, verdicts
+from .columns import COLUMNS
 from .grid import SUFFIXES, Grid, of_bars, of_board, of_cells, of_claims
 
 KEYS = {"table": "claims", "records": "runs,results", "columns": "", "rows": "", "seeds": "", "run_missing": "false",
@@ -62,8 +63,8 @@ def command(args: Sequence[str]) -> int:
         raise UsageError("records= names no folder; leave it out for records=runs,results")
     columns = listed(given["columns"]) or table.columns
     for name in columns:
-        if name not in cells.COLUMNS:
-            raise UsageError(f"no column {name!r}{nearest(name, [*cells.COLUMNS])}")
+        if name not in COLUMNS:
+            raise UsageError(f"no column {name!r}{nearest(name, [*COLUMNS])}")
     if said := [word for word in words.overrides if word.startswith("seed=")]:
         raise UsageError(f"a table has its seeds; say seeds={said[0].partition('=')[2]} for others")
     if not all(seed.isdigit() for seed in listed(given["seeds"])):
@@ -76,7 +77,7 @@ def command(args: Sequence[str]) -> int:
         began = time.monotonic()
         code = run_missing(table, jobs, dirs, budget, launch)
         left = budget and budget - (time.monotonic() - began)
-        if not code and not launch.multirun and any(cells.COLUMNS[name].timed for name in columns):
+        if not code and not launch.multirun and any(COLUMNS[name].timed for name in columns):
             code = time_missing(table, jobs, dirs, left, words)
         if code:
             return code
@@ -92,7 +93,8 @@ def command(args: Sequence[str]) -> int:
     if given["publish"] == "true":
         publish(grid.used.values(), Path("results"))
     if given["logger"] == "wandb":
-        rec = record.new_record("table", {"table": table.name, "records": sorted(grid.used)}, status="done")
+        used = sorted({id for id, _ in grid.used})
+        rec = record.new_record("table", {"table": table.name, "records": used}, status="done")
         send({**rec, "tables": {table.name: [grid.columns, grid.rows]}}, table.name)
     return 0
 
@@ -101,9 +103,9 @@ def _fits(table: Table, words: Words, given: Mapping[str, str]) -> None:
     """Raises UsageError for what this table has no use for."""
     if table.kind == "cells":
         for label, row in table.rows.items():
-            if unknown := next((column for column in row.published if column not in cells.COLUMNS), None):
+            if unknown := next((column for column in row.published if column not in COLUMNS), None):
                 raise UsageError(f"table={table.name}, row {label}: no column {unknown!r} to be published"
-                                 f"{nearest(unknown, [*cells.COLUMNS])}")  # fmt: skip
+                                 f"{nearest(unknown, [*COLUMNS])}")  # fmt: skip
         claims.asked(table)
         return
     takes = ["protocol"] if table.kind in ("bars", "board") else []
@@ -165,9 +167,9 @@ def grid_of(table: Table, jobs: cells.Jobs, everything: Sequence[Run],
             columns: Sequence[str], words: Words, fill: str) -> Grid:  # fmt: skip
     protocol = protocol_of(words)
     if table.kind == "claims":
-        found = of_claims(table, everything)
+        found = of_claims(table, everything, verdicts.fitting(words.search))
     elif table.kind == "bars":
-        found = of_bars(table, everything, protocol)
+        found = of_bars(table, everything, protocol, verdicts.fitting(words.search))
     elif table.kind == "board":
         found = of_board(table, _measured(table, everything, words))
     else:
@@ -193,7 +195,7 @@ def _measured(table: Table, everything: Sequence[Run],
             continue
         jobs = jobs_of(of, [line["row"]], words)
         best = max(cells.lines(of, jobs, everything, protocol_of(words)), key=lambda each: len(each.runs))
-        if values := cells.COLUMNS["test_acc"].of(best):
+        if values := COLUMNS["test_acc"].of(best):
             sd = statistics.stdev(values) if len(values) > 1 else None
             found[line["model"]] = statistics.fmean(values), sd, len(values), [*best.runs.values()]
     return found
@@ -203,7 +205,7 @@ def todo(table: Table, jobs: cells.Jobs, dirs: Sequence[Path]) -> list[tuple[str
     """What has no finished record, a seed of every row before the next. Raises UsageError."""
     if table.kind != "cells":
         raise UsageError(f"table={table.name} is made of other tables' records; run_missing=true is for those")
-    done = {record.cell_id(run.record["config"]) for run in cells.read(dirs)
+    done = {record.cell_of(run.record) for run in cells.read(dirs)
             if run.record["command"] == "train" and run.state == "done"}  # fmt: skip
     missing = [(label, seed, job) for label, seeds in jobs.items() for seed, job in seeds.items()
                if record.cell_id(job.config) not in done]  # fmt: skip

@@ -15,6 +15,7 @@ from ..record import CONVERGED_ENOUGH
 from ..report import tables
 from ..terminal import count, number
 from . import cells, verdicts
+from .columns import COLUMNS, exactly, measured, published, spelled
 
 SUFFIXES = {"text": "txt", "md": "md", "csv": "csv", "tex": "tex", "json": "json"}
 
@@ -27,7 +28,7 @@ class Grid:
     plain_columns: list[str]
     plain: list[list[Any]]  # for a program
     notes: list[str]
-    used: dict[str, Run] = field(default_factory=dict)  # records, by id
+    used: dict[tuple[str, str], Run] = field(default_factory=dict)  # records, by their keys
     blocks: list[tuple[list[str], list[tuple[str, str]]]] = field(default_factory=list)  # instead of rows too long
     folds: list[list[str]] = field(default_factory=list)  # more of each row, for a page that unfolds
     name: str = ""
@@ -57,17 +58,17 @@ def of_cells(table: Table, jobs: cells.Jobs, everything: Sequence[Run], protocol
              fill: str) -> Grid:  # fmt: skip
     """Measured cells with the published beside them, a line a row and machine."""
     lines = cells.lines(table, jobs, everything, protocol)
-    if not any(cells.COLUMNS[c].timed for c in columns):
+    if not any(COLUMNS[c].timed for c in columns):
         lines = [line for line in lines if not line.elsewhere]
     machines = sorted({line.machine for line in lines if line.machine})
     letters = dict(zip(machines, "abcdefghijklmnopqrstuvwxyz")) if len(machines) > 1 else {}
-    theirs = [c for c in columns if any(cells.published(line, c) for line in lines)]
+    theirs = [c for c in columns if any(published(line, c) for line in lines)]
     shown = [c for c in columns if c != "test_acc5" or c in theirs]  # which nobody measures
     heads, plain_heads = ["model", "n", *["on"] * bool(letters)], ["model", "machine", "protocol", "n", "of"]
     groups: list[list[int]] = []  # a measured column and the paper's go together
     for c in shown:
-        head, measured = cells.COLUMNS[c].head, [c, f"{c}_sd", f"{c}_n"]
-        names, plain_names = [head, *["paper"] * (c in theirs)], [*measured, *[f"{c}_paper"] * (c in theirs)]
+        head, own = COLUMNS[c].head, [c, f"{c}_sd", f"{c}_n"]
+        names, plain_names = [head, *["paper"] * (c in theirs)], [*own, *[f"{c}_paper"] * (c in theirs)]
         if c == "test_acc5":
             names, plain_names = [f"paper: {head}"], [f"{c}_paper"]
         groups.append([len(heads) + k for k in range(len(names))])
@@ -78,19 +79,19 @@ def of_cells(table: Table, jobs: cells.Jobs, everything: Sequence[Run], protocol
     plain: list[list[Any]] = []
     for line in lines:
         again = bool(rows) and line.label == rows[-1][0].removesuffix(" *")  # the paper's is said once
-        star = " *" if line.timed and line.timed.shy and any(cells.COLUMNS[c].timed for c in columns) else ""
+        star = " *" if _shy(line, columns) else ""
         row = [line.label + star, line.n, *([letters.get(line.machine, "")] if letters else [])]
         values: list[Any] = [line.label, line.machine, protocol, len(line.runs), len(line.wanted)]
         for c in shown:
-            cell, paper = cells.cell(line, c), cells.published(line, c)
+            cell, paper = measured(line, c), published(line, c)
             row += [*([str(cell)] if c != "test_acc5" else []), *(["" if again else paper] if c in theirs else [])]
             values += [cell.mean, cell.sd, len(cell.values)] if c != "test_acc5" else []
             values += [paper] if c in theirs else []
         rows.append(row)
         plain.append([*values, line.timed.row["solve"].get("converged_fraction") if line.timed else None])
-    used = {run.record["run_id"]: run for line in lines for run in (*line.runs.values(), *line.failed.values())}
+    used = {run.key: run for line in lines for run in (*line.runs.values(), *line.failed.values())}
     benches = {id for line in lines if (t := line.timed) for id in (t.rec["run_id"], t.memory_of and t.memory_of[0])}
-    used |= {run.record["run_id"]: run for run in everything if run.record["run_id"] in benches}
+    used |= {run.key: run for run in everything if run.record["run_id"] in benches}
     missing = {label: left for label, seeds in jobs.items() if (left := [
         s for s in seeds if not any(s in line.runs for line in lines if line.label == label)])}  # fmt: skip
     notes = _notes(table, lines, protocol, letters, columns)
@@ -107,10 +108,11 @@ def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Ma
     notes += [f"{k}: {name}" for name, k in letters.items()] or sorted({line.machine for line in lines} - {""})
     if "target_s" in columns and table.target:
         notes.append(f"s to target: training time to {table.target:.1%} validation accuracy, smoothed over 3 epochs")
-    if any(cells.cell(line, c).mark for line in lines for c in columns):
-        notes.append("~: trainings were not alone on their machine; their steps times a step of the bench")
+    if any(measured(line, c).mark for line in lines for c in columns):
+        notes.append("~: trainings were not alone on their machine; a step costs what the bench's does, forward and "
+                     "backward by the evaluations of its epoch")  # fmt: skip
         columns = [*columns, "train_s"]
-    if any(cells.COLUMNS[c].timed for c in columns):
+    if any(COLUMNS[c].timed for c in columns):
         benches: dict[tuple[str, str, int | None], list[cells.Line]] = {}
         for line in lines:
             if line.timed:
@@ -131,21 +133,28 @@ def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Ma
                                    if line.timed and line.timed.memory_of)  # fmt: skip
             notes += [f"MiB where that bench has none: {of[0]}{'' if of[1] is None else f' at step {of[1]:,}'}"
                       f"{f' on {letters[where]}' if letters else ''}" for of, where in theirs if of]  # fmt: skip
-        shy = [f"{line.label}{f' on {letters[line.machine]}' if letters else ''} "
-               f"{number(line.timed.row['solve']['residual'], 2)}" for line in lines
-               if line.timed and line.timed.shy]  # fmt: skip
-        if shy:
-            notes.append(f"*: fewer than {CONVERGED_ENOUGH:.0%} of its solves converged; residual: {', '.join(shy)}")
+    stuck = [f"{line.label}{f' on {letters[line.machine]}' if letters else ''} {', '.join(shy)}"
+             for line in lines if (shy := _shy(line, columns))]  # fmt: skip
+    if stuck:
+        notes.append(f"*: fewer than {CONVERGED_ENOUGH:.0%} of its solves converged: {'; '.join(stuck)}")
     failed = [f"{line.label} seed {seed}: {run.record['error']}" for line in lines for seed, run in line.failed.items()]
     return [*notes, *([f"failed: {'; '.join(failed)}"] if failed else [])]
 
 
-def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
+def _shy(line: cells.Line, columns: Sequence[str]) -> list[str]:
+    """What of a row did not converge."""
+    found = [f"{where} {share:.0%}" for where, share in line.shy.items()]
+    if line.timed and line.timed.shy and any(COLUMNS[c].timed for c in columns):
+        found.append(f"when timed to a residual of {number(line.timed.row['solve']['residual'], 2)}")
+    return found
+
+
+def of_claims(table: Table, everything: Sequence[Run], fits: verdicts.Fits) -> Grid:
     """Each sentence of the papers' abstracts, what was measured under each protocol, and a word."""
     rows, plain, blocks, folds = [], [], [], []
-    used: dict[str, Run] = {}
+    used: dict[tuple[str, str], Run] = {}
     for claim in table.lines:
-        found = {p: verdicts.ratios(everything, claim.get("ratios", ()), p, claim.get("tables", ()))
+        found = {p: verdicts.ratios(everything, claim.get("ratios", ()), p, claim.get("tables", ()), fits)
                  for p in ("sound", "faithful")}  # fmt: skip
         word, because = verdicts.verdict(claim, found["sound"])
         why = [claim["note"]] if "note" in claim else []
@@ -163,10 +172,7 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
                    f.ratio["n"], "; ".join(f.ratio["caveats"]), f.run.record["run_id"]]
                   for p, each in found.items() for f in each]  # fmt: skip
         plain += [] if any(found.values()) else [[claim["id"], claim["says"], claim.get("paper"), word, *[None] * 13]]
-        used |= {f.run.record["run_id"]: f.run for each in found.values() for f in each}
-    where: dict[str, list[str]] = {}
-    for id in sorted(used):
-        where.setdefault(cells.machine(used[id].record), []).append(id)
+        used |= {f.run.key: f.run for each in found.values() for f in each}
     notes = [
         "a / b: times (H: errors, MiB, evaluations) of a over b's, at the last point of training measured",
         "holds: under protocol sound every ratio is above 1 with its 95 % interval (of memory: with all readings) and "
@@ -174,7 +180,7 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
         "fails: none is above 1; partly: in between; ratios of solves that did not converge decide nothing",
         "a span is over tables and machines; format=csv has each ratio, with its interval and its record",
         "the paper's R1 to R4 are of CIFAR-10 and ImageNet: cdeq_mnist and mdeq_fashion are other networks and data",
-        *(f"measured on {name}: {', '.join(where[name])}" for name in sorted(where)),
+        *_measured_on(used),
     ]  # fmt: skip
     heads = ["id", "claim", "paper", "verdict", "here", "protocol=faithful"]
     plain_heads = ["id", "claim", "paper", "verdict", "protocol", "table", "at", "hardware", "numerator", "denominator",
@@ -182,22 +188,30 @@ def of_claims(table: Table, everything: Sequence[Run]) -> Grid:
     return Grid(table.title, heads, rows, plain_heads, plain, notes, used, blocks, folds)
 
 
-def of_bars(table: Table, everything: Sequence[Run], protocol: str) -> Grid:
+def _measured_on(used: Mapping[tuple[str, str], Run]) -> list[str]:
+    where: dict[str, list[str]] = {}
+    for key, run in sorted(used.items()):
+        where.setdefault(cells.machine(run.record), []).append(key[0])
+    return [f"measured on {name}: {', '.join(ids)}" for name, ids in sorted(where.items())]
+
+
+def of_bars(table: Table, everything: Sequence[Run], protocol: str, fits: verdicts.Fits) -> Grid:
     """Times over the vanilla row's: the paper's bar, the quotient of its table, and what was measured."""
     rows, plain = [], []
-    used: dict[str, Run] = {}
+    used: dict[tuple[str, str], Run] = {}
     for line in table.lines:
-        fits = [f for f in verdicts.ratios(everything, [line["ratio"]], protocol, [line["of"]])
-                if line["row"] in (f.ratio["numerator"], f.ratio["denominator"])]  # fmt: skip
+        found = [f for f in verdicts.ratios(everything, [line["ratio"]], protocol, [line["of"]], fits)
+                 if line["row"] in (f.ratio["numerator"], f.ratio["denominator"])]  # fmt: skip
         said, values = "not run", list[float | None]([None] * 3)
-        if fits:
-            best = fits[0]
-            r, used[best.run.record["run_id"]] = best.ratio, best.run
+        if found:
+            best = found[0]
+            r, used[best.run.key] = best.ratio, best.run
             values = [r["value"], *best.ends]
             if r["numerator"] != line["row"]:
                 values = [1 / v if v else None for v in (r["value"], *reversed(best.ends))]
             between = "" if values[1] is None else f" [{values[1]:.2f}, {values[2]:.2f}]"
-            said = f"{values[0]:.2f}{between}{best.but}"
+            at = "" if best.at is None else f" at step {best.at:,}"
+            said = f"{values[0]:.2f}{between}{at}{best.but}"
         quotient, bar = line["table"], line["bar"]
         slip = "lower by .200" if round(quotient - bar, 2) == 0.2 else ""
         rows.append([line["of"], line["row"], line["measure"], f"{bar:.3f}", f"{quotient:.3f}", slip, said])
@@ -205,23 +219,23 @@ def of_bars(table: Table, everything: Sequence[Run], protocol: str) -> Grid:
     heads = ["table", "row", "time of", "bar", "its table", "the bar is", "here"]
     plain_heads = [*heads[:6], "value", "low", "high"]
     notes = [f"protocol {protocol}; time over the vanilla CDEQ's, below 1 where it is shorter",
-             f"paper: {table.source}"]  # fmt: skip
+             *_measured_on(used), f"paper: {table.source}"]  # fmt: skip
     return Grid(table.title, heads, rows, plain_heads, plain, notes, used, spare=[[5], [3], [4]])
 
 
 def of_board(table: Table, measured: Mapping[str, tuple[float, float | None, int, Sequence[Run]]]) -> Grid:
     """Published accuracies in order, and ours among them: `measured` by the line's label."""
     rows, plain = [], []
-    used: dict[str, Run] = {}
+    used: dict[tuple[str, str], Run] = {}
     for line in table.lines:
         acc, sd, n, own = line.get("acc"), line.get("sd"), line.get("n"), "table" in line
         if own and line["model"] in measured:
             acc, sd, n, runs = measured[line["model"]]
-            used |= {run.record["run_id"]: run for run in runs}
+            used |= {run.key: run for run in runs}
         if acc is None:
             said = "not run" if own else ""
         else:
-            said = cells.spelled(acc, sd, 2) if own else cells.exactly(acc, sd)
+            said = spelled(acc, sd, 2) if own else exactly(acc, sd)
         source = "here" if own else line["source"]
         rows.append([line["model"], *(str(line.get(key, "")) for key in ("params", "augmented")), said, source,
                      line.get("note", "")])  # fmt: skip

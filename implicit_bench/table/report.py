@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,11 +15,11 @@ from typing import NamedTuple
 from .. import config, log, machine, papers, record, terminal
 from ..compare.figures import Trained, Unknown
 from ..compare.rows import Run
-from ..report import plots
+from ..report import plots, ratios
 from ..schema import UsageError, files, nearest
 from ..terminal import Bar, say
 from ..words import split
-from . import cells, verdicts
+from . import cells, columns, verdicts
 from .command import filling, grid_of, jobs_of, keyed, listed, send, touched
 from .grid import Grid
 
@@ -72,7 +73,7 @@ def command(args: Sequence[str]) -> int:
     count = page.count("data:image/svg")
     say("wrote", f"{out}/   report.html · figures/ ({count}, each as svg, png, pdf of two widths)")
     if given["logger"] == "wandb":
-        used = sorted({run.record["run_id"] for run in everything})
+        used = sorted({id for id, _ in (run.key for run in everything)})
         send(record.new_record("report", {"records": used}, status="done"), "all", page)
     return 0
 
@@ -122,7 +123,7 @@ def sections(everything: Sequence[Run], tables: Sequence[Measured], folder: Path
     speeds, memory = [], []
     for key, runs in benches.items():
         at = max((row.get("at") or 0 for run in runs for row in run.record["rows"]), default=0)
-        name, title = "-".join([*key[:2], machine.folder_name(key[2])]), _title(runs[-1], at)
+        name, title = "-".join([*key[:2], machine.folder_name(key[2].replace(",", ""))]), _title(runs[-1], at)
         bars = [*{bar.label: bar for run in runs for bar in _bars(run, at)}.values()]  # the latest of each pair
         if bars:
             speeds.append(drawn(f"speedup-{name}", title, partial(plots.ratio_bars, bars=bars, title=title)))
@@ -148,7 +149,7 @@ def sections(everything: Sequence[Run], tables: Sequence[Measured], folder: Path
         Section("speed", "Speed-ups", "Median of the quotients of paired rounds with its 95 % interval; a / b above 1: "
                 "b is faster. * solves of one of them did not converge. ◇ what the paper has.", speeds),
         Section("accuracy", "Accuracy against time", "A line a seed. Time is training time alone: as it was, of runs "
-                "that had the machine to themselves, else steps by a step of the table's bench.", curves["accuracy"]),
+                "that had the machine to themselves, else evaluations at the prices of a bench.", curves["accuracy"]),
         Section("nfe", "Evaluations over training", "Calls of f in a training step's forward.", curves["nfe"]),
         Section("residual", "Residual over training", "|f(z) - z| / |f(z)| where the solves ended.",
                 curves["residual"]),
@@ -165,7 +166,7 @@ def _benches(everything: Sequence[Run]) -> dict[tuple[str, str, str], list[Run]]
         rec = run.record
         if rec["command"] == "bench" and rec["status"] in ("done", "interrupted") and rec.get("ratios"):
             what = _table(run) or run.name.split("-")[1]
-            found.setdefault((what, str(rec["protocol"]), rec["environment"]["hardware"]), []).append(run)
+            found.setdefault((what, str(rec["protocol"]), cells.machine(rec)), []).append(run)
     return {key: [run for run in runs if run is runs[-1] or (_batch(run) == _batch(runs[-1]) and _table(runs[-1]))]
             for key, runs in sorted(found.items())}  # fmt: skip
 
@@ -189,7 +190,8 @@ def _bars(run: Run, at: int) -> list[plots.Bar]:
     found = []
     for r in run.record["ratios"]:
         if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["value"] and r["id"] != "peer":
-            label = f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}{'*' * verdicts.shy(r)}"
+            star = "*" if ratios.stuck(r["caveats"]) else ""
+            label = f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}{star}"
             low, high = (end or r["value"] for end in verdicts.ends(r))
             found.append(plots.Bar(label.removeprefix("– "), r["value"], low, high, r["paper"] or ""))
     return found
@@ -197,23 +199,28 @@ def _bars(run: Run, at: int) -> list[plots.Bar]:
 
 def _trainings(everything: Sequence[Run], tables: Sequence[Measured]) -> dict[str, list[cells.Line]]:
     """Finished trainings that have their history, by what a figure is of: the rows of each table on each machine; of
-    those in no table their models, by experiment (or data set), protocol, length and machine."""
+    those in no table their models, by experiment (or data set), protocol, length and machine; one model's of other
+    settings by their ids."""
     found: dict[str, list[cells.Line]] = {}
     for name, protocol, line in ((m.table.name, m.protocol, line) for m in tables for line in m.grid.lines):
         if runs := {seed: run for seed, run in line.runs.items() if run.history.exists()}:
             found.setdefault(f"{name} {protocol}, {line.machine}", []).append(replace(line, runs=runs))
-    known = {id for m in tables for id in m.grid.used}
-    others: dict[str, dict[str, list[Run]]] = {}
+    known = {key for m in tables for key in m.grid.used}
+    others: dict[str, dict[tuple[str, str], list[Run]]] = {}
     for run in everything:
         rec = run.record
-        if (rec["command"], rec["status"]) == ("train", "done") and rec["run_id"] not in known and run.history.exists():
+        if (rec["command"], rec["status"]) == ("train", "done") and run.key not in known and run.history.exists():
             named = rec["experiment"] not in (None, "none")
             what = rec["experiment"] if named else log.choices(rec["config"]).get("dataset", "data")
             length = "" if rec["length"] in (None, "full") else f" {rec['length']}"
             name = f"{what} {rec['protocol']}{length}, {rec['environment']['hardware']}"
-            others.setdefault(name, {}).setdefault(run.model, []).append(run)
-    for name, models in others.items():
-        found[name] = [cells.Line(model, papers.Row(), runs=dict(enumerate(models[model]))) for model in sorted(models)]
+            cell = run.model, record.run_id({**rec["config"], "seed": None})
+            others.setdefault(name, {}).setdefault(cell, []).append(run)
+    for name, trained in others.items():
+        count = Counter(model for model, _ in trained)
+        labels = {cell: cell[0] + f" {runs[0].key[0]}" * (count[cell[0]] > 1) for cell, runs in trained.items()}
+        found[name] = [cells.Line(labels[cell], papers.Row(), runs=dict(enumerate(trained[cell])))
+                       for cell in sorted(trained)]  # fmt: skip
     return dict(sorted(found.items()))
 
 
@@ -221,12 +228,12 @@ def _curves(line: cells.Line, kind: str) -> list[tuple[list[float], list[float]]
     key = {"accuracy": "metrics.val_acc", "nfe": "solve.nfe_forward", "residual": "solve.residual"}[kind]
     found = []
     try:
-        spent = cells.seconds(line)[0] if kind == "accuracy" else [None] * len(line.runs)
+        spent = columns.seconds(line)[0] if kind == "accuracy" else [None] * len(line.runs)
     except Unknown:
         return []
     for run, seconds in zip(line.runs.values(), spent):
         rows = [(k, row) for k, row in enumerate(Trained(run).epochs) if row.get(key) is not None]
-        if rows and (kind != "residual" or run.record["solve"]["converged_fraction"]):
+        if rows and (kind != "residual" or run.record["solve"]["converged_fraction"] is not None):
             found.append(([seconds[k] if seconds else row["epoch"] for k, row in rows], [row[key] for _, row in rows]))
     return found
 

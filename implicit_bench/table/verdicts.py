@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
-from .. import record
+from .. import config, papers, record
 from ..compare.figures import CUT, OF_TESTS
 from ..compare.rows import Run
+from ..report.ratios import NOT_CONVERGED, WIDE, stuck
+from ..schema import files
+from . import cells
 
 WORDS = ("holds", "partly", "fails", "not testable here")
-SHY = "not converged"
-
-
-def shy(ratio: Mapping[str, Any]) -> bool:
-    return any(SHY in caveat for caveat in ratio["caveats"])
+Fits = Callable[[Run], bool]
 
 
 def hasty(ratio: Mapping[str, Any]) -> bool:
@@ -45,6 +45,11 @@ class Found(NamedTuple):
         return self.ends[0] is not None and not (self.shy or self.once or begun or self.cut)
 
     @property
+    def rank(self) -> tuple[bool, int]:
+        """The higher, the rather it is shown."""
+        return not (self.hasty or self.once), self.at or 0
+
+    @property
     def pair(self) -> str:
         return f"{self.ratio['numerator']} / {self.ratio['denominator']}"
 
@@ -54,7 +59,7 @@ class Found(NamedTuple):
 
     @property
     def shy(self) -> bool:
-        return shy(self.ratio)
+        return bool(stuck(self.ratio["caveats"]))
 
     @property
     def once(self) -> bool:
@@ -82,13 +87,33 @@ class Found(NamedTuple):
 
     @property
     def but(self) -> str:
-        said = [self.shy and SHY, self.hasty and f"{self.ratio['n']} rounds only", self.once and "one reading",
-                self.cut and CUT]  # fmt: skip
+        said = [self.shy and NOT_CONVERGED, self.hasty and f"{self.ratio['n']} rounds only",
+                self.once and "one reading", self.cut and CUT]  # fmt: skip
         return "".join(f", {word}" for word in said if word)
 
     @property
     def where(self) -> str:
         return self.table + (f" at {self.at:,}" if self.at is not None else "") + self.but
+
+
+def fitting(search: Sequence[str]) -> Fits:
+    """Tells whether a bench ran with what its table says now, by the first of its rows that the table has."""
+    known = files("table", tuple(search))
+
+    @cache
+    def wanted(name: str, protocol: str, label: str) -> dict[str, Any]:
+        words = papers.table(name, tuple(search)).jobs([label], [f"protocol={protocol}"], cpu=False)
+        return cells.wanted(config.compose_all("train", [*words.values()], search)[0])
+
+    def fits(run: Run) -> bool:
+        rec, name = run.record, run.record["config"].get("table")
+        if rec["command"] != "bench" or name not in known:
+            return True
+        rows = papers.table(name, tuple(search)).rows
+        labels = [label for row in rec["rows"] if (label := row["label"].partition(" ×")[0]) in rows]
+        return not labels or cells.as_wanted(rec, wanted(name, rec["protocol"], labels[0]))
+
+    return fits
 
 
 def told(found: Sequence[Found]) -> list[str]:
@@ -114,7 +139,7 @@ def brief(found: Sequence[Found], whole: bool = True) -> list[str]:
         else:
             parts = [_span(settled)] if settled else []
         if others:
-            parts.append(f"{SHY if all(f.shy for f in others) else 'undecided'} {_span(others)}")
+            parts.append(f"{NOT_CONVERGED if all(f.shy for f in others) else 'undecided'} {_span(others)}")
         said.append(f"{pair} {measure} {'; '.join(parts)}")
     return said
 
@@ -124,43 +149,45 @@ def _span(found: Sequence[Found]) -> str:
     return "–".join(dict.fromkeys(f"{end:.2f}" for end in (min(values), max(values)))) + "×"
 
 
-def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str] = ()) -> list[Found]:
+def ratios(everything: Sequence[Run], ids: Sequence[str], protocol: str, tables: Sequence[str],
+           fits: Fits) -> list[Found]:  # fmt: skip
     """Of each table and pair of rows the one furthest along training, on each machine that got there the latest; one
-    of too few rounds, or one reading, only where no machine has more of that pair. Those that a verdict rests on first.
+    of too few rounds, or one reading, only where there are no more of that pair. Those that a verdict rests on first.
 
     Times are of benches, what test errors tell of `compare`."""
     found: dict[tuple[Any, ...], Found] = {}
     runs = [run for run in everything if run.record["command"] in ("bench", "compare") and run.record.get("ratios")]
     for run in sorted(runs, key=lambda run: record.started(run.record, run.folder)):
-        rec, env = run.record, run.record["environment"]
+        rec, where = run.record, cells.machine(run.record)
         name = rec["config"].get("table") if rec["command"] == "bench" else rec["experiment"]
         if rec["protocol"] != protocol or name in (None, "none") or (tables and name not in tables):
             continue
-        fits = [r for r in rec["ratios"] if r["id"] in ids and r["value"] is not None
-                and (rec["command"] == "bench" or r["measure"] in OF_TESTS)]  # fmt: skip
-        last = max((r["at"] for r in fits if r.get("at") is not None), default=None)
-        for r in fits:
+        asked = [r for r in rec["ratios"] if r["id"] in ids and r["value"] is not None
+                 and (rec["command"] == "bench" or r["measure"] in OF_TESTS)]  # fmt: skip
+        last = max((r["at"] for r in asked if r.get("at") is not None), default=None)
+        for r in asked if asked and fits(run) else []:
             if r.get("at") == last:
-                key = name, env["hardware"], rec["command"], r["numerator"], r["denominator"], r["measure"]
-                if key not in found or (last or 0) >= (found[key].at or 0):
-                    found[key] = Found(name, protocol, env["hardware"], last, r, run)
+                key = name, where, rec["command"], r["numerator"], r["denominator"], r["measure"]
+                each = Found(name, protocol, where, last, r, run)
+                if key not in found or each.rank >= found[key].rank:
+                    found[key] = each
     shown: dict[tuple[Any, ...], list[Found]] = {}
     for (name, _, *pair), each in sorted(found.items(), key=str):
         shown.setdefault((name, *pair), []).append(each)
-    kept = [[f for f in each if not (f.hasty or f.once)] or each for each in shown.values()]
+    kept = [[f for f in each if f.rank[0]] or each for each in shown.values()]
     furthest = [f for each in kept for f in each if (f.at or 0) == max(g.at or 0 for g in each)]
     return sorted(furthest, key=lambda f: not f.settled)
 
 
 def verdict(claim: Mapping[str, Any], found: Sequence[Found]) -> tuple[str, str]:
     """Holds where every settled ratio is above 1 and reaches the claim's lower end with its interval, fails where none
-    is above 1, partly in between; a claim of likeness wants none below 1 instead. Of a difference of logits, as the
-    record says. Nothing settled: not testable here. And what makes it so: how many do, in which tables."""
-    settled = [each for each in found if each.settled]
-    if not settled:
-        return WORDS[3], ""
+    is above 1, partly in between; a claim of likeness wants none below 1 instead. An interval in which 1 and the
+    claim's lower end lie far apart decides nothing. Of a difference of logits, as the record says. Nothing settled: not
+    testable here. And what makes it so: how many do, in which tables."""
     alike, least = claim.get("equal", False), claim.get("least", 1.0)
-    if alike and all("interval too wide to tell" in each.ratio["caveats"] for each in settled):
+    settled = [each for each in found if each.settled
+               and not (WIDE in each.ratio["caveats"] and (alike or each.ratio["high"] >= least))]  # fmt: skip
+    if not settled:
         return WORDS[3], ""
     if settled[0].ratio["measure"] == "logits":
         above = reach = [each.ratio["verdict"] == "equal" for each in settled]

@@ -99,7 +99,7 @@ def test_sentences_say_slower_as_plainly_as_faster():
     slow = row("cdeq", 30.0)
     sentence = said(comparisons([NODE, slow])[0])
     assert sentence.startswith("cdeq trains 2.00× [")
-    assert sentence.endswith("] slower than neural_ode here (paper 2.14–4.10×)")
+    assert sentence.endswith("] slower than neural_ode here (paper neural_ode / cdeq 2.14–4.10×)")
     same = said(comparisons([row("deq", 1.0), row("resnet", 1.0)])[0])
     assert same.startswith("deq / resnet: no difference in train here, 1.00× [")
 
