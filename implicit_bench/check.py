@@ -25,7 +25,12 @@ def check(job: config.Composed) -> int:
         raise UsageError(f"{heads['dataset']!r} sizes a network, and none is named; add network= or leave it out")
     torch.set_num_threads(1)  # the problems are tiny
     made = {kind: _make(job, kind) for kind in KINDS if kind in heads or not heads.keys() & set(KINDS)}
-    return max([_card(f"{kind}={job.choices[kind]}", job.config[kind], *it) for kind, it in made.items()])
+    found = {f"{kind}={job.choices[kind]}": _card(f"{kind}={job.choices[kind]}", job.config[kind], *it)
+             for kind, it in made.items()}  # fmt: skip
+    if terminal.format != "text":
+        rows = [[name, r.name, r.passed, r.sentence] for name, results in found.items() for r in results]
+        tables.show(["component", "check", "passed", "found"], rows)
+    return int(not all(r.passed for results in found.values() for r in results))
 
 
 def _make(job: config.Composed, kind: str) -> tuple[Any, ...]:
@@ -38,7 +43,7 @@ def _make(job: config.Composed, kind: str) -> tuple[Any, ...]:
     return network, data.shape, data.classes
 
 
-def _card(name: str, settings: dict[str, Any], component: Any, *beside: Any) -> int:
+def _card(name: str, settings: dict[str, Any], component: Any, *beside: Any) -> list[Any]:
     said = [f"{key}={value}" for key, value in settings.items() if key != "_target_"]
     say("check", " · ".join([name, str(settings["_target_"]), *said]))
     results = getattr(testing, f"check_{name.partition('=')[0]}")(component, *beside)
@@ -46,6 +51,4 @@ def _card(name: str, settings: dict[str, Any], component: Any, *beside: Any) -> 
     if terminal.format == "text":
         card([(r.passed, r.name, r.sentence) for r in results])
         print(f"{name}: {passed} of {len(results)} checks passed", flush=True)
-    else:
-        tables.show(["component", "check", "passed", "found"], [[name, r.name, r.passed, r.sentence] for r in results])
-    return int(passed < len(results))
+    return [*results]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .guard import guarded
 from .help import HELP, PROG, USAGE
 from .schema import UsageError, files, nearest
-from .words import Words, as_meant, plain, split
+from .words import Words, as_meant, of_hydra, plain, split
 
 if TYPE_CHECKING:
     from . import config
@@ -126,6 +126,8 @@ def _train(words: Words) -> int:
         from .sweep.command import sweep
 
         return sweep(words)
+    if hydras := of_hydra(words.overrides):
+        raise UsageError(f"{hydras[0]} is about a sweep; add -m, or leave it out")
     from . import config
 
     composed = config.compose("train", words.overrides, words.search)
@@ -140,8 +142,14 @@ def _plan(command: str, words: Words) -> int:
     if command == "data":
         return _data(words)
     jobs = _jobs(command, words)
-    from . import plan
+    from . import config, plan
 
+    if words.multirun and (hydras := of_hydra(words.overrides)):
+        from .sweep.board import share_of_cores
+
+        share = share_of_cores(config.launcher(hydras, words.search))
+        for job in jobs:
+            job.config["gpu"]["threads"] = job.config["gpu"]["threads"] or share
     if command == "train":
         return plan.plan_training(jobs)
     return plan.plan_bench(jobs, words.overrides) if command == "bench" else plan.plan_others(command, jobs)

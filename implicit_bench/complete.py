@@ -9,7 +9,7 @@ from typing import Any
 
 from .record import flat
 from .schema import GROUPS, LISTED, UsageError, config_dir, files, plural
-from .terminal import FORMATS
+from .terminal import FORMATS, TEX
 
 SCRIPTS = {
     "bash": r"""_implicit_bench() {
@@ -69,7 +69,8 @@ def _starting(word: str, candidates: Iterable[str]) -> list[str]:
 
 def _candidates(command: str, given: Sequence[str], word: str) -> list[str]:
     if word.startswith("-"):
-        return ["--help", "-q", *FLAGS.get(command, FLAGS["train"] if command in COMPOSING else ())]
+        folder = ("--config-dir",) if command in ("table", "report", "list") else ()
+        return ["--help", "-q", *FLAGS.get(command, FLAGS["train"] if command in COMPOSING else folder)]
     key, equals, value = word.partition("=")
     if command == "list":
         return [plural(group) for group in LISTED] + ["format="] if not equals else _each(key, value, FORMATS)
@@ -79,10 +80,11 @@ def _candidates(command: str, given: Sequence[str], word: str) -> list[str]:
         return _override(command, given, key, bool(equals), value)
     if equals:
         group = "model" if key in ("base", "against") else key
-        names = files(group, ()) if command in ("compare", "table") and group in (*GROUPS, "table") else ()
+        known = files(group, _config_dirs(given)) if group in (*GROUPS, "table") else {}
+        names = list(known) if command in ("compare", "table") else []
         if command == "table" and key in ("run_missing", "publish"):
-            names = ("true", "false")  # type: ignore[assignment]
-        return _each(key, value, WORDS.get(key, names))
+            names = ["true", "false"]
+        return _each(key, value, TEX if (command, key) == ("table", "format") else WORDS.get(key, names))
     if command == "report":
         return ["records=", "out=", "logger="]
     if command == "table":
@@ -102,7 +104,8 @@ def _each(key: str, value: str, options: Iterable[str]) -> list[str]:
 def _override(command: str, given: Sequence[str], key: str, equals: bool, value: str) -> list[str]:
     search = _config_dirs(given)
     if not equals:
-        keys = [*_keys(command, given, search), *(("table", "rows", "runs") if command == "bench" else ())]
+        more = {"bench": ("table", "rows", "runs"), "train": ("table", "rows")}.get(command, ())
+        keys = [*_keys(command, given, search), *more]
         whole = [k for k in keys if "." not in k] if "." not in key else keys
         heads = [f"{k.partition('.')[0]}." for k in keys if "." in k] if "." not in key else []
         return [f"{k}=" for k in whole] + list(dict.fromkeys(heads))
@@ -121,7 +124,7 @@ def _override(command: str, given: Sequence[str], key: str, equals: bool, value:
 def _config_dirs(given: Sequence[str]) -> list[Path]:
     found = [w.partition("=")[2] for w in given if w.startswith("--config-dir=")]
     found += [b for a, b in pairwise(given) if a in ("--config-dir", "-cd")]
-    return [Path(folder) for folder in found]
+    return [Path(folder) for folder in found if Path(folder).is_dir()]
 
 
 def _keys(command: str, given: Sequence[str], search: Sequence[Path]) -> dict[str, Any]:

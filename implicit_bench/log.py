@@ -200,7 +200,7 @@ class Wandb(Sink):
             self._tell(f"W&B online: {self.place}")
         else:
             self.place = _short(self._run.settings.sync_dir)
-            ours = f"implicit-bench sync {shlex.quote(_short(identity['dir']))}"  # which leaves the agent's id behind
+            ours = f"implicit-bench sync {shlex.quote(_path(identity['dir']))}"  # which leaves the agent's id behind
             later = f"wandb sync {shlex.quote(self.place)}" if sweep() else ours
             self._tell(f"W&B offline{reason}; upload later with: {later}")
         self.state = state
@@ -292,6 +292,12 @@ def _line(error: Exception) -> str:
 
 def _short(path: str) -> str:
     return str(path).removeprefix(os.getcwd() + os.sep)
+
+
+def _path(text: str) -> str:
+    """As a command takes it for a path, and no name of a run."""
+    short = _short(text)
+    return short if os.sep in short else f".{os.sep}{short}"
 
 
 def _say(line: str) -> None:

@@ -169,11 +169,18 @@ def _read(path: Path) -> dict[str, Any]:
     if (kind := said.get("kind", "cells")) not in KINDS:
         raise wrong(f"no kind {kind!r}{nearest(kind, KINDS)}")
     rows = said.get("rows") or {}
-    for label, row in rows.items() if isinstance(rows, dict) else [(rows, {})]:
+    if not isinstance(rows, dict):
+        raise wrong(f"rows: {rows!r} has no labels; write rows: {{deq: {{words: [model=deq]}}}}")
+    for label, row in rows.items():
+        if bad := [sign for sign in ",[]'\"" if sign in str(label)]:
+            raise wrong(f"row {label}: a label with {bad[0]} in it cannot be asked for; leave it out")
         for key in row if isinstance(row, dict) else [str(row)]:
             if key not in ROW_KEYS:
                 raise wrong(f"row {label} has no key {key!r}{nearest(key, ROW_KEYS)}")
-        for column, cell in (row.get("published") or {}).items():
+        published = row.get("published") or {}
+        if not isinstance(published, dict):
+            raise wrong(f"row {label}, published: {published!r} names no column; write {{test_acc: {published!r}}}")
+        for column, cell in published.items():
             numbers = cell if isinstance(cell, list) and len(cell) == 2 else [cell]
             if not all(isinstance(number, (int, float)) for number in numbers):
                 raise wrong(f"row {label}, published {column}={cell!r} is neither a number nor [mean, sd]")
@@ -181,6 +188,8 @@ def _read(path: Path) -> dict[str, Any]:
     for key, value in [*lists, *((f"row {label}, words", row.get("words")) for label, row in rows.items())]:
         if value is not None and not isinstance(value, list):
             raise wrong(f"{key}: {value!r} is no list; write [{value}]")
+        if key.endswith(("words", "on_cpu")) and (bad := [word for word in value or () if not isinstance(word, str)]):
+            raise wrong(f"{key}: {bad[0]!r} is no word; write key=value")
         if seed := [word for word in value or () if str(word).startswith("seed=")]:
             raise wrong(f"{key} has {seed[0]}, but a table's seeds are its seeds:, such as {{sound: [0, 1]}}")
     seeds = said.get("seeds", {})

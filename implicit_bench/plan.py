@@ -93,12 +93,14 @@ class Pace:
 
     def __init__(self, jobs: Sequence[config.Composed]):
         self._known: dict[str, tuple[float, str]] = {}
-        cpu = machine.fingerprint()["cpu"]
+        known = machine.fingerprint()
         for folder in dict.fromkeys(job.config["paths"]["runs"] for job in jobs):
             for path in record.record_files(Path(folder)):
                 rec = record.peek(path.parent) if path.name == "record.json" else {}
                 spread = rec.get("timing", {}).get("step_ms")
-                if rec and spread and rec["command"] == "train" and rec["environment"]["cpu"] == cpu:
+                here = rec and all(rec["environment"][key] == known[key] for key in ("cpu", "gpu"))
+                if here and spread and rec["command"] == "train" and rec["steps"] > rec["config"]["recipe"].get(
+                        "pretrain_steps", 0):  # fmt: skip
                     self._known[_pace(rec["config"])] = spread["median"], "a run like it"
         self._bar = Bar(len(jobs), "jobs")
         self._asked = 0

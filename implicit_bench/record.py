@@ -29,6 +29,10 @@ class RecordError(ValueError):
     """A record, a metrics file or a run's name cannot be used; one sentence says which and what to do."""
 
 
+class NoRun(RecordError):
+    """No run has this name."""
+
+
 class Metric(NamedTuple):
     key: str  # dots mirror record.json; W&B has the same with slashes
     unit: str
@@ -62,6 +66,7 @@ METRICS = (
     Metric("solve.residual", "relative", "lower", "Residual at exit against |f|; none for an end-time solve."),
     Metric("solve.rhs_norm", "norm", None, "Norm of the backward system's right-hand side."),
     Metric("solve.converged_fraction", "share", "higher", "Share of samples that met the stopping rule."),
+    Metric("solve.backward_converged", "share", "higher", "Share of samples whose backward solve met its tolerance."),
     Metric("memory.peak_mib", "MiB", "lower", "Peak memory of the run: torch's on a GPU, else the whole process's."),
     Metric("flops.step", "FLOP", "lower", "Floating-point operations of a training step, counted."),
     Metric("nonfinite_steps", "steps", "lower", "Steps whose loss or gradient was not finite: skipped, or the last."),
@@ -153,13 +158,13 @@ def find(runs_dir: str | Path, text: str, command: str | None = None) -> Path:
         raise RecordError(f"{text!r} fits {len(fits)} runs: {shown}; give more letters")
     near = difflib.get_close_matches(text, [*map(name_of, ids), *ids.values()], n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}" if near else "implicit-bench runs lists them" if ids else "there are none yet"
-    raise RecordError(f"no run {text!r} in {runs_dir}; {hint}")
+    raise NoRun(f"no run {text!r} in {runs_dir}; {hint}")
 
 
 def pick(dirs: Sequence[Path], text: str) -> Path:
-    """`find` in the first of several folders that has it."""
+    """`find` in the first of several folders that has it. Raises RecordError where that has more than one."""
     for top in dirs[:-1]:
-        with contextlib.suppress(RecordError):
+        with contextlib.suppress(NoRun):
             return find(top, text)
     return find(dirs[-1], text)
 
@@ -299,7 +304,11 @@ def next_attempt(folder: Path, names: Iterable[str]) -> int:
     before: int = read_record(folder)["attempt"] if (folder / "record.json").exists() else 0
     for path in [folder / name for name in names if before and (folder / name).exists()]:
         path.rename(path.with_name(f"attempt-{before}.{path.name}"))
-    return before + 1
+    kept = (_ATTEMPT.match(path.name) for path in folder.glob("attempt-*"))  # all that there is after a kill
+    return max([before, *(int(found[1]) for found in kept if found)]) + 1
+
+
+_ATTEMPT = re.compile(r"attempt-(\d+)\.")
 
 
 def records(dirs: Iterable[str | Path]) -> list[dict[str, Any]]:

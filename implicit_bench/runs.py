@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import lock, log, record, schema
+from . import lock, log, record, schema, terminal
 from .jsonl import read_jsonl
 from .record import METRICS, RecordError, flat
 from .report import tables
@@ -219,7 +219,8 @@ def _list(words: Sequence[str], dirs: Sequence[Path]) -> int:
     if not rows:
         known = f"none of the {len(everything)} runs in {where} fits {' '.join(words)!r}"
         print(known if everything else f"no runs in {where} yet; implicit-bench train makes one", file=sys.stderr)
-        return 0
+        if terminal.format == "text":
+            return 0
     columns = ["run", "status", "test acc", "ms/step", "nfe f", "nfe b", "epochs", "length", "age"]
     tables.show(columns, rows, {"test acc": share, "age": age, "nfe f": number, "nfe b": number},
                 spare=["length", "epochs", "nfe b", "nfe f", "ms/step"])  # fmt: skip
@@ -263,8 +264,10 @@ def _diff(words: Sequence[str], dirs: Sequence[Path]) -> int:
                 change = f"{values[1] / values[0] - 1:+.1%}"
             rows.append([key, *values, change])
     if not rows:
-        print(f"{names[0]} and {names[1]} agree in every setting and every metric")
-        return 0
+        alike = f"{names[0]} and {names[1]} agree in every setting and every metric"
+        print(alike, file=sys.stdout if terminal.format == "text" else sys.stderr)
+        if terminal.format == "text":
+            return 0
     tables.show(["", *names, "change"], rows, dict.fromkeys(names, _short))
     return 0
 

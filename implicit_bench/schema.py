@@ -26,7 +26,7 @@ PLAIN: dict[str, tuple[Any, float]] = {  # the keys of no component: their type,
     "progress.log_steps": (int, 1), "progress.save_s": (float, 0), "paths.runs": (str, 0), "paths.data": (str, 0),
     "loader.workers": (int | Literal["auto"], 0), "match": (Literal["params", "time"] | None, 0), "match_to": (str, 0),
     "run": (str, 0), "plot": (bool, 0), "eval.split": (Literal["train", "val", "test"], 0),
-    "eval.images": (int | None, 1), "eval.batch": (int, 1), "eval.steps": (list[int], 0),
+    "eval.images": (int | None, 1), "eval.batch": (int | None, 1), "eval.steps": (list[int], 0),
     "eval.noise": (list[float], 0), "eval.blur": (list[float], 0), "eval.tolerances": (list[float], 0),
     "eval.solvers": (list[str], 0), "eval.radius_images": (int, 0),
     "rounds": (Any, 0), "time": (Any, 0),  # bench says more of these two than a type
@@ -60,7 +60,9 @@ LAUNCHERS = {"joblib": Launcher("joblib", "joblib"), "submitit_local": Launcher(
 
 
 def files(group: str, search: Sequence[str | Path] = ()) -> dict[str, Path]:
-    """Every file of a group by the name to choose it with, ours and those of --config-dir, sorted."""
+    """Every file of a group by the name to choose it with, ours and those of --config-dir. Raises UsageError."""
+    if lost := next((folder for folder in search if not Path(folder).is_dir()), None):
+        raise UsageError(f"no folder {lost} for --config-dir")
     folders = [folder / group for folder in (config_dir(), *map(Path, search))]
     found = {path.relative_to(top).with_suffix("").as_posix(): path for top in folders for path in top.rglob("*.yaml")}
     return dict(sorted(found.items()))

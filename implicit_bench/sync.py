@@ -91,6 +91,8 @@ def send(folder: Path, mode: str = "auto", project: str | None = None, entity: s
     if sweep():
         raise Unreachable("WANDB_SWEEP_ID is set, and W&B would take this for its agent's run; unset it")
     mode = os.environ.get("WANDB_MODE", mode) if mode == "auto" else mode
+    if mode not in ("auto", "online", "offline", "dryrun", "disabled"):
+        mode = "online"  # as wandb takes it, "run" among others
     if mode == "disabled":
         raise Unreachable("WANDB_MODE=disabled switches W&B off")
     if mode == "auto":

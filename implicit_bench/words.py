@@ -26,15 +26,22 @@ OURS = ("--multirun", "-m", "--config-dir", "-cd", "--help", "--quiet", "-q")
 
 LISTS = ("eval.steps", "eval.noise", "eval.blur", "eval.tolerances", "eval.solvers", "rows", "at", "peers",
          "runs")  # of which a comma makes no sweep  # fmt: skip
+NAMES = ("rows", "runs")  # lists of
 TEXTS = ("run",)  # an id such as 12345e1 is no number
 
 
 def as_meant(word: str) -> str:
     """What Hydra would take for a sweep or a number, quoted."""
     key, _, value = word.partition("=")
+    if key in NAMES and (names := value.strip("[]")):
+        return f"{key}=[{','.join(map(_quoted, names.split(',')))}]"
     if key in LISTS and not value.startswith("["):
         return f"{key}=[{value}]"
-    return f"{key}='{value}'" if key in TEXTS and value[:1] not in "'\"" else word
+    return f"{key}={_quoted(value)}" if key in TEXTS else word
+
+
+def _quoted(text: str) -> str:
+    return text if (text := text.strip())[:1] in ("'", '"') else f"'{text}'"
 
 
 def of_hydra(overrides: Sequence[str]) -> list[str]:
@@ -69,6 +76,9 @@ def split(args: Sequence[str]) -> Words:
             if words and value not in words:
                 raise UsageError(f"no {flag} {value!r}{nearest(value, words)}")
             flags += [flag, value]
+    if (alone := [f for f in flags if f in ("--resolve", "--package", "-p")]) and len(flags) == len(alone) * (
+            1 + (alone[0] != "--resolve")):  # fmt: skip
+        raise UsageError(f"{alone[0]} says how to show a configuration; add --cfg job")
     if len(search) > 1 or any(not folder or "=" in folder for folder in search):
         raise UsageError("--config-dir wants one folder, such as --config-dir my-configs")
     return Words(overrides, search, multirun, flags, plan)

@@ -1,5 +1,6 @@
 """`implicit-bench check`: a user's own components from the working directory, the card, the exit code."""
 
+import json
 import os
 import re
 import shutil
@@ -159,3 +160,9 @@ def test_a_card_is_wrapped_and_coloured_on_a_terminal_only(monkeypatch):
     assert all(line.startswith(" " * 11 + "word") for line in lines[2:])
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033[32m" not in told(Terminal())
+
+
+def test_one_table_of_all_components_for_a_program(capsys):
+    main(["check", "solver=picard", "adjoint=jfb", "format=json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["component"] for row in rows} == {"solver=picard", "adjoint=jfb"}

@@ -548,3 +548,15 @@ def test_networks_are_counted_to_the_parameter(capsys):
     assert rows["mdeq_small", "cifar10"]["state"] == 30_720
     assert main(["list", "networks"]) == 0
     assert re.search(r"^ mdeq_imagenet +imagenet +17,912,456 +18,467,272 ", capsys.readouterr().out, re.M)
+
+
+def test_a_reader_that_goes_away_ends_no_work(tmp_path):
+    words = [*jobs.words(tmp_path, "model=deq,explicit", "recipe.batch=16"), "rounds=2"]
+    process = subprocess.Popen([sys.executable, "-m", "implicit_bench", "bench", *words], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=240) == 0, err
+    assert "Traceback" not in err
+    [path] = tmp_path.glob("runs/bench-*/record.json")
+    assert (read_record(path)["status"], read_record(path)["error"]) == ("done", None)

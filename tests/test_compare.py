@@ -386,8 +386,9 @@ def test_a_run_that_was_disturbed_is_refused_and_it_alone_trained_again(here, ca
 def test_an_unfinished_run_is_refused_with_what_resumes_it(here, capsys, status):
     put(here, "neural_ode")
     put(here, "cdeq")
-    path = put(here, "cdeq", 1, status=status)
+    path = put(here, "cdeq", 1, "paths.runs=elsewhere", status=status)
     said = refused(capsys)
+    assert said.partition(" (or")[0].endswith(" paths.runs=elsewhere")
     state = {"failed": "has failed", "interrupted": "was interrupted", "running": "was stopped"}[status]
     assert said.startswith(f"{path.name} {state}; go on with: implicit-bench train model=cdeq seed=1")
     if status == "failed":

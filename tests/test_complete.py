@@ -48,6 +48,9 @@ def test_groups_keys_and_values():
     assert "rounds=" not in candidates("train r")
     assert candidates("train solver=anderson solver.w") == ["solver.window="]
     assert candidates("train solver=vcab3 solver.w") == []
+    assert candidates("train -m tab") == ["table="]
+    assert "format=tex" in candidates("table format=")
+    assert candidates("table --con") == ["--config-dir"]
     assert candidates("train plan=") == ["plan=true", "plan=false"]
     assert "--config-dir" in candidates("train --")
 
@@ -64,6 +67,9 @@ def test_ones_own_files_are_offered(here):
     (here / "mine" / "solver" / "chebyshev.yaml").write_text("_target_: a.B\ndegree: 3\n")
     assert candidates("train --config-dir mine solver=ch") == ["solver=chebyshev"]
     assert candidates("train --config-dir=mine solver=chebyshev solver.") == ["solver.degree="]
+    (here / "mine" / "table").mkdir()
+    (here / "mine" / "table" / "own.yaml").write_text("inherits: cdeq_mnist\n")
+    assert candidates("table --config-dir=mine table=ow") == ["table=own"]
 
 
 def test_runs_by_name_and_by_id():

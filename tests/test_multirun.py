@@ -175,11 +175,30 @@ def test_a_sweep_that_is_told_to_end_lets_the_jobs_of_joblib_save(tmp_path, sign
     assert not list(tmp_path.glob("runs/*/run.lock"))
 
 
-def test_a_stop_left_by_a_sweep_that_died_stops_no_other(sweep, tmp_path):
-    """In a folder that a user has named."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "stop").touch()
-    assert sweep("model=explicit", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'mine'}")[2] == "2 jobs: 2 done"
+def test_what_lies_in_a_folder_that_a_user_names_is_neither_read_nor_removed(sweep, tmp_path):
+    here = tmp_path / "it's mine"
+    here.mkdir()
+    (here / "stop").touch()
+    for name in ("7", "precious"):
+        (here / f"{name}.json").write_text('{"state": "failed"}')
+    where = str(here).replace("'", "\\'")
+    assert sweep("model=explicit", "seed=0,1", f"hydra.sweep.dir='{where}'")[2] == "2 jobs: 2 done"
+    assert {path.name for path in here.iterdir()} == {"stop", "7.json", "precious.json"}
+
+
+def test_a_sweep_below_a_folder_with_an_apostrophe(sweep, tmp_path, monkeypatch):
+    (tmp_path / "it's").mkdir()
+    monkeypatch.chdir(tmp_path / "it's")
+    assert sweep("model=explicit", "seed=0,1", "paths.runs=runs")[2] == "2 jobs: 2 done"
+
+
+def test_a_plan_has_the_run_that_a_launcher_makes(sweep, tmp_path, capsys):
+    words = ["model=explicit", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "gpu.threads=null"]
+    planned = jobs.words(tmp_path, "recipe.max_steps=2", *words, "plan=true")
+    assert main(["train", "-m", *planned, "format=json"]) == 0
+    names = [row["run"] for row in json.loads(capsys.readouterr().out)]
+    assert sweep(*words)[2] == "2 jobs: 2 done"
+    assert sorted(names) == sorted(path.parent.name for path in tmp_path.glob("runs/*/record.json"))
 
 
 def test_two_sweeps_at_once_do_no_job_twice(tmp_path):

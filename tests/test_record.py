@@ -216,7 +216,7 @@ SECTIONS = {
     "metrics": {"train_loss", "val_acc", "val_loss", "test_acc", "test_loss", "start_acc"},
     "timing": {"total_s", "cold_s", "step_ms", "forward_ms", "backward_ms", "optimizer_ms", "data_ms", "predict_ms"},
     "solve": {"nfe_forward", "nfe_backward", "linear_iterations", "residual", "rhs_norm", "converged_fraction",
-              "status_counts"},
+              "backward_converged", "status_counts"},
     "memory": {"peak_mib"},
     "flops": {"step"},
     "environment": {"hardware", "cpu", "gpu", "threads", "world_size", "allocator", "torch", "cuda", "python",
@@ -465,3 +465,14 @@ def test_standard_library_only():
     check = "import sys; from implicit_bench import lock, record; print({'torch', 'wandb', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_an_attempt_keeps_its_number_though_the_next_was_killed(tmp_path):
+    rec = record.new_record("bench", {}, status="done")
+    record.write_record(tmp_path, rec)
+    assert record.next_attempt(tmp_path, ["record.json"]) == 2
+    assert record.next_attempt(tmp_path, ["record.json"]) == 2  # killed before it could write one
+    record.write_record(tmp_path, {**rec, "attempt": 2})
+    assert record.next_attempt(tmp_path, ["record.json"]) == 3
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["attempt-1.record.json", "attempt-2.record.json"]

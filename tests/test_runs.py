@@ -79,7 +79,9 @@ def test_what_is_not_there_is_said_on_stderr(here, capsys):
     assert capsys.readouterr() == ("", "no runs in runs yet; implicit-bench train makes one\n")
     put(here)
     assert main(["runs", "mnist"]) == 0
-    assert capsys.readouterr().err == "none of the 1 runs in runs fits 'mnist'\n"
+    assert capsys.readouterr() == ("", "none of the 1 runs in runs fits 'mnist'\n")
+    assert main(["runs", "mnist", "format=json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
     assert main(["runs", "records=nowhere"]) == 2
     assert "no folder nowhere" in capsys.readouterr().err
 
@@ -118,6 +120,14 @@ def test_rm_asks_and_removes_only_what_is_named(here, capsys, monkeypatch):
         assert set((here / "runs").iterdir()) == left
     assert main(["runs", "rm", b.name[-10:], "-y"]) == 0
     assert list((here / "runs").iterdir()) == []
+
+
+def test_rm_takes_no_run_of_another_folder_for_one_that_is_not_clear(here, capsys):
+    first, _ = put(here), put(here, seed=1)
+    shutil.copytree(first, here / "other" / first.name)
+    assert main(["runs", "rm", "deq-", "records=runs,other", "-y"]) == 2
+    assert "fits 2 runs" in capsys.readouterr().err
+    assert len([*here.glob("*/deq-*")]) == 3
 
 
 def test_rm_counts_a_run_once_and_keeps_off_links_and_committed_records(here, capsys):

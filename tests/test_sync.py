@@ -302,7 +302,8 @@ def test_project_entity_and_group_are_the_runs_own_unless_said(online, tmp_path,
     assert got == [["environment", None, "digits_small"], ["p", "e", "g"], ["mine", "us", "g"]]
 
 
-@pytest.mark.parametrize(("mode", "said"), [("disabled", "switches W&B off"), ("online", "no key found; `wandb")])
+@pytest.mark.parametrize(("mode", "said"), [("disabled", "switches W&B off"), ("online", "no key found; `wandb"),
+                                           ("run", "no key found; `wandb")])  # fmt: skip
 def test_a_mode_that_cannot_be(fake, tmp_path, monkeypatch, capsys, mode, said):  # noqa: F811
     monkeypatch.setenv("WANDB_MODE", mode)
     assert sync([stored(tmp_path)[0]]) == 1

@@ -839,3 +839,16 @@ def test_a_report_of_nothing_is_one_sentence_and_writes_nothing(here, capsys, wo
     assert sentence in said
     assert said.count("\n") == 1
     assert not (here / "report").exists()
+
+
+def test_a_labels_signs_are_no_grammar_and_what_is_said_of_logger_and_paths_holds_for_the_trainings(here, capsys):
+    (here / "own/table/signs.yaml").write_text(
+        "seeds: {sound: [0]}\ncolumns: [test_acc, train_s]\nwords: [recipe.max_steps=2, gpu.threads=1, recipe.batch=16]\n"
+        "rows: {'deq (anderson)': {words: [model=deq, solver=anderson]}, deq: {words: [model=deq]}}\n")
+    words = ["table=signs", "--config-dir=own", "paths.runs=mine", "logger=none"]
+    assert main(["table", *words, "run_missing=true", "time=20s"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"deq \(anderson\)( \*)? +1/1", out)
+    assert "not timed" not in out
+    assert not [*here.glob("*/*/wandb")]
+    assert {path.parts[-3] for path in here.rglob("record.json")} == {"mine"}

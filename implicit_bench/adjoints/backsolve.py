@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core import EndTime, Field, FixedPoint, OwnLoop, Reduce, Solution, solve
+from ..core import EndTime, Field, FixedPoint, OwnLoop, Reduce, Solution, Status, solve
 from ..core.solve import as_now
 from .base import Adjoint, BackwardLog, Corrected, Solve, bare, watched
 
@@ -116,6 +116,8 @@ class Backsolve(Adjoint):
             log.calls += done.stats.calls
             log.recorded += done.stats.calls
             log.iterations, log.status = log.iterations + done.stats.steps, torch.maximum(log.status, done.status)
+        lost = (log.status == int(Status.NONFINITE)) | (log.status == int(Status.STEP_TOO_SMALL))
+        row = torch.where(lost.any(), torch.nan, row)  # no gradient, though what there is of it may be finite
         a0, theta = row[0, n : 2 * n].view_as(z1), row[0, 2 * n :].split(sizes)
         return [a0 * size, *(grad.view_as(w) * size.squeeze() for grad, w in zip(theta, wrt))]
 

@@ -92,10 +92,11 @@ def bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:
         rec = record.new_record("bench", identity, attempt=attempt, protocol=jobs[0].choices.get("protocol"),
                                 experiment=jobs[0].choices.get("experiment"))  # fmt: skip
         rec["environment"], rec["data"] = environment, data.facts()
+        record.write_record(folder, rec)
         sink: Sink = config.make(first["logger"], "logger")
         sink.start(rec, folder)
-        sink.wait(30)  # nothing else may run while the clock does
         try:
+            sink.wait(30)  # nothing else may run while the clock does
             with contextlib.closing(Jsonl(folder / "metrics.jsonl")) as jsonl:
                 timing = Timing(rows, first["at"] or [None], rounds, budget, jsonl)
                 return _run(timing, rec, folder, sink, began)

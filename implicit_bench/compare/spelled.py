@@ -45,6 +45,8 @@ def words(rec: Mapping[str, Any]) -> list[str]:
     """All but model and seed that differs from the defaults; without the single values where they do not compose."""
     wanted, model = rec["config"], f"model={rec['config']['model']['name']}"
     given = [f"{key}={rec[key]}" for key, default in DEFAULTS.items() if rec.get(key) not in (None, default)]
+    paths = wanted.get("paths") or {}
+    given += [f"paths.{key}={paths[key]}" for key in ("runs", "data") if paths.get(key, key) != key]
     try:
         composed = _composed((model, *given))
         names = [log.choices(c).get("dataset") for c in (wanted, composed)]

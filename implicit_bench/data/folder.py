@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import sources
-from .images import Data, Dataset, Split, batch_seed
+from .images import Data, Dataset, Split, batch_seed, mixed
 from .readers import DataError, DataMissing, open_rgb
 from .torchvision_shim import ensure_torchvision
 from .workers import made
@@ -38,6 +38,8 @@ class ImageFolder(Dataset):
         size: pixels a side of what the network sees.
     """
 
+    by_class = True
+
     def __init__(self, folder: str | None, val_size: int, mean: Sequence[float], std: Sequence[float],
                  flip: float = 0.5, size: int = 224, resize: int = 256, val_seed: int = 0,
                  crop: Literal["resized", "squash"] = "resized"):  # fmt: skip
@@ -56,8 +58,8 @@ class ImageFolder(Dataset):
         folder = self._named()
         digest = hashlib.sha256()
         splits = [self._split_of(folder, split, digest) for split in ("train", "val")]
-        train, val = self._split(splits[0])
-        return Streamed(train=train, val=val, test=splits[1], sha256=digest.hexdigest(), folder=folder, workers=workers,
+        (train, val), test = self._split(splits[0]), mixed(splits[1])
+        return Streamed(train=train, val=val, test=test, sha256=digest.hexdigest(), folder=folder, workers=workers,
                         size=self.size, resize=self.resize, crop=self.crop, **self._presented(device))  # fmt: skip
 
     def fetch(self, root: Path, report: sources.Report) -> None:

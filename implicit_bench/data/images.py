@@ -93,6 +93,12 @@ def batch_seed(seed: int, epoch: int, batch: int) -> int:
     return ((seed * 100_003 + epoch) * 1_000_003 + batch) % 2**63
 
 
+def mixed(split: Split) -> Split:
+    """In an order that knows no classes, always the same: the first so many have all of them, and so has a batch."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    return Split(split.x[order.numpy()], split.y[order])
+
+
 class Dataset:
     """A data set to load and how to present it: derive one of your own with ``shape``, ``classes`` and ``read``.
 
@@ -117,6 +123,7 @@ class Dataset:
     classes: int
     peak = 255  # the value of a full-on pixel
     n_train: int | None = None  # where it is known before anything is read
+    by_class = False  # whether the official order is one class after another
     name = ""  # the class's own, unless said
 
     def __init__(self, val_size: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
@@ -237,12 +244,13 @@ class Dataset:
         return Raw(raw.train_x, raw.train_y.long(), raw.test_x, raw.test_y.long())
 
     def _split(self, whole: Split) -> tuple[Split, Split]:
-        """(train, validation): disjoint, in official order."""
+        """(train, validation): disjoint, in official order, but for validation images that would be by class."""
         self._leave_some(len(whole))
         chosen = torch.zeros(len(whole), dtype=torch.bool)
         generator = torch.Generator().manual_seed(self.val_seed)
         chosen[torch.randperm(len(chosen), generator=generator)[: self.val_size]] = True
         val = Split(whole.x[chosen], whole.y[chosen])
+        val = mixed(val) if self.by_class else val
         if not self.val_size:
             return whole, val  # no copy of the whole
         return Split(whole.x[~chosen], whole.y[~chosen]), val

@@ -38,6 +38,7 @@ class TinyImageNet(Dataset):
 
     shape, classes = (3, 64, 64), 200
     n_train, n_test = 100_000, 10_000
+    by_class = True
     name = "tiny_imagenet"
 
     def read(self, root: Path) -> Raw:

@@ -55,7 +55,7 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
     _say_changes(run, data, trust)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in data.batches(split, settings.batch):
+        for x, y in data.batches(split, settings.batch or run.config["recipe"]["eval_batch"]):
             yield device.images(x), y
 
     found, seen = _measure(model, batches, device, settings, dataset)

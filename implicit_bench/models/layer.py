@@ -116,7 +116,7 @@ class ImplicitLayer(nn.Module):
         return self._run(x, Picard(), FixedSteps(depth), unroll, "equilibrium")
 
     def within(self, x: Tensor, steps: int) -> LayerOutput:
-        """The layer allowed only so many applications of the cell, at least one."""
+        """The layer allowed only so many applications of the cell beside those of its start, at least one."""
         if not self.solver.one_call:
             raise ValueError(
                 f"solver={called(self.solver)} does not make one evaluation a step and cannot be held to "
@@ -134,6 +134,7 @@ class ImplicitLayer(nn.Module):
             return self.cell(z, ctx, t)
 
         start, probed = self.init(x, f), self._direct
+        start = start.to(torch.promote_types(start.dtype, torch.float32))  # under autocast f alone is in bfloat16
         if start.shape[1:] != (self.cell.size,):
             numbers = tuple(start.shape[1:])
             raise ValueError(f"the start has {numbers} numbers a sample, but cell.size is {self.cell.size}")

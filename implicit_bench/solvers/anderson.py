@@ -52,9 +52,14 @@ class Anderson(Solver):
         used, slot = min(k, self.window), k % self.window
         before = z = damped(state, self.damping)
         if used:
-            L, singular = torch.linalg.cholesky_ex(gram[:, :used, :used])
-            gamma = torch.cholesky_solve(b[:, :used].neg().unsqueeze(2), L).squeeze(2)
-            z = reduce.combine(gamma.masked_fill((singular != 0).unsqueeze(1), 0.0), dG[:, :used]).add_(z)
+            A, right = gram[:, :used, :used], b[:, :used].neg()
+            L, info = torch.linalg.cholesky_ex(A)
+            singular = (info != 0).unsqueeze(1)  # a row that stands still
+            if A.requires_grad:  # nothing of it may reach autograd, where even a cotangent of zero becomes NaN
+                right = right.masked_fill(singular, 0.0)
+                L = torch.linalg.cholesky(torch.where(singular.unsqueeze(2), torch.eye(used).to(A), A))
+            gamma = torch.cholesky_solve(right.unsqueeze(2), L).squeeze(2)
+            z = reduce.combine(gamma.masked_fill(singular, 0.0), dG[:, :used]).add_(z)
         new = self.at(F, z, state.t)
         dF = remember_change(dF, slot, new.F, state.F)
         dG = remember_change(dG, slot, damped(new, self.damping), before)

@@ -7,7 +7,7 @@ from torch import Tensor
 def remember(stack: Tensor, slot: int, state: Tensor) -> Tensor:
     """`stack` (B, k, D) with `state` (B, D) in its slot: in place, unless autograd must keep what was there."""
     if stack.requires_grad or state.requires_grad:
-        return stack.index_copy(1, stack.new_tensor([slot]).long(), state.unsqueeze(1))
+        return stack.select_scatter(state, 1, slot)
     stack[:, slot] = state
     return stack
 

@@ -19,7 +19,8 @@ class TorchDiffeq:
     One step-size sequence for the whole batch. Adaptive methods steer by rtol and atol; dopri5 costs 6 evaluations an
     attempt and 2 to start, and memory for 7 stages and the interpolant. Methods of fixed steps take steps of
     `step_size`, or one step over the whole interval without it. A failed solve (its assertions) comes back as NaN, with
-    a status that says why; stop.max_steps caps the attempts of Runge-Kutta methods.
+    a status that says why, one that fails in the backward of its adjoint as its AssertionError; stop.max_steps caps the
+    attempts of Runge-Kutta methods, forward. Its steps are not known: stats.steps are evaluations.
     """
 
     has_time, one_call, needs_map = True, False, False
@@ -71,5 +72,6 @@ class TorchDiffeq:
             failed = next((status for start, status in FAILURES.items() if str(error).startswith(start)), None)
             if failed is None:
                 raise  # the field's own
-            nowhere = torch.full_like(z0, float("nan")) * sum((w.sum() for w in wrt or ()), z0.new_zeros(()))
-            return nowhere, failed
+            # with a graph always: torch's GroupNorm ends the process in a backward whose input wants no gradient
+            zero = z0.new_zeros((), requires_grad=torch.is_grad_enabled())
+            return torch.full_like(z0, float("nan")) * sum((w.sum() for w in wrt or ()), zero), failed

@@ -30,7 +30,7 @@ class Vcab3(Adaptive):
     that of the step's start, as usual in Adams codes. The first two accepted steps are Bogacki and Shampine's; then h
     at most doubles. safety=.86, not .9, keeps the error at one tolerance near Bosh3's or below. A step after which the
     same error is estimated more than `jump` times the tolerance has met a discontinuity: it is rejected, and the row
-    starts again from its beginning.
+    starts again from its beginning, after one attempt more by Adams where the host learns of it late (CUDA).
 
     Cost: one evaluation an accepted step, none a rejected one; where rows disagree, or the host does not look (CUDA),
     one for all, in which a rejected row stands still. Three while any row is starting, and 2 before that. Memory: 6

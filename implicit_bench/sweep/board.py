@@ -38,7 +38,6 @@ class Sweep:
         """The words of each job, where they are known; `paired`: Hydra is told a job's number only, since the words
         are no product of lists."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / STOP).unlink(missing_ok=True)  # of a sweep that died in this folder, where a user names it
         self._write("plan", {"jobs": jobs and [[*words] for words in jobs], "paired": paired, "began": time.time()})
 
     @property

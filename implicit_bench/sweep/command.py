@@ -41,12 +41,14 @@ def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: W
 
     given = {o.partition("=")[0]: o.partition("=")[2] for o in words.overrides}
     record.writable("paths.runs", runs)
-    folder = Path(given.get("hydra.sweep.dir") or runs / ".sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    top = given.get("hydra.sweep.dir", "").strip("'\"") or runs / ".sweeps"
+    folder = Path(top) / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # its own: beside it may lie a user's files
     board, launcher = Sweep(folder.absolute()), given.get("hydra/launcher", "basic")
     own = of_hydra(words.overrides) if paired else words.overrides
     own = [o for o in own if not o.startswith("hydra.sweep.dir=")]
     own = [*own, f"+job=range({len(jobs or ())})"] if paired else own
-    own += [f"hydra.sweep.dir='{board.folder}'", "+hydra.callbacks.lean._target_=implicit_bench.sweep.board.Lean"]
+    quoted = str(board.folder).replace("'", "\\'")
+    own += [f"hydra.sweep.dir='{quoted}'", "+hydra.callbacks.lean._target_=implicit_bench.sweep.board.Lean"]
     cluster: contextlib.AbstractContextManager[list[str]] = contextlib.nullcontext([])
     if launcher == "ray":
         from .cluster import connected

@@ -28,7 +28,7 @@ class Timed(NamedTuple):
     batch: int
     rec: dict[str, Any]
     ends_at_residual: bool
-    points: Sequence[dict[str, Any]] = ()  # the row at every point of training that this bench timed it at
+    points: Sequence[dict[str, Any]] = ()  # the row at every point that this bench timed it at, the last first
     memory_of: tuple[str, int | None] | None = None  # the other bench that its memory is of, and the step there
 
     @property
@@ -175,7 +175,7 @@ def timed(everything: Sequence[Run], table: Table, protocol: str, label: str,
             continue
         where, batch = machine(rec), rec["config"]["rows"][0]["recipe"]["batch"]
         ends_at_residual = str(wanted.get("stop._target_")).endswith(".Residual")
-        points = [other for other in rec["rows"] if other["label"] == row["label"]]
+        points = [other for other in reversed(rec["rows"]) if other["label"] == row["label"]]
         best = found.setdefault(where, Timed(row, batch, rec, ends_at_residual, points))
         known = [value_at(each, ("memory", "train_mib")) for each in (row, best.row)]
         if batch == best.batch and known[0] is not None and known[1] is None:

@@ -41,6 +41,8 @@ WHICH = ("table", "records", "columns", "rows", "seeds")  # what the command bel
 def command(args: Sequence[str]) -> int:
     """`table table=NAME [key=value ...]`. Raises UsageError and RecordError before anything is written."""
     given, words = keyed(args, KEYS)
+    if given["run_missing"] == "true" and any(arg.startswith("logger=") for arg in args):  # of its trainings as well
+        words.overrides.append(f"logger={given['logger']}")
     launch = words
     words = words._replace(overrides=[word for word in words.overrides if not word.startswith("hydra")])
     if words.flags or (launch.overrides != words.overrides and not words.multirun):
@@ -55,12 +57,16 @@ def command(args: Sequence[str]) -> int:
             raise UsageError(f"{key}={given[key]!r} is not possible{nearest(given[key], ('true', 'false'))}")
     if given["logger"] not in ("wandb", "none"):
         raise UsageError(f"logger={given['logger']!r} is not possible{nearest(given['logger'], ('wandb', 'none'))}")
-    budget = seconds(given["time"] or None)
+    budget, code = seconds(given["time"] or None), 0
     table = papers.table(given["table"], tuple(words.search))
     _fits(table, words, given)
     dirs = [Path(folder) for folder in listed(given["records"])]
     if not dirs:
         raise UsageError("records= names no folder; leave it out for records=runs,results")
+    if own := [Path(word.partition("=")[2]) for word in words.overrides if word.startswith("paths.runs=")]:
+        if given["run_missing"] == "true" and not words.plan:
+            record.writable("paths.runs", own[-1])
+        dirs = [*(folder for folder in dirs if folder != own[-1]), *([own[-1]] if own[-1].is_dir() else [])]
     columns = listed(given["columns"]) or table.columns
     for name in columns:
         if name not in COLUMNS:
@@ -79,7 +85,7 @@ def command(args: Sequence[str]) -> int:
         left = budget and budget - (time.monotonic() - began)
         if not code and not launch.multirun and any(COLUMNS[name].timed for name in columns):
             code = time_missing(table, jobs, dirs, left, words)
-        if code:
+        if code == 130:
             return code
     which = [f"{key}={given[key]}" for key in KEYS if given[key] != KEYS[key] and key in WHICH]
     grid = grid_of(table, jobs, cells.read(dirs), columns, words, filling(which, words))
@@ -92,11 +98,11 @@ def command(args: Sequence[str]) -> int:
         say("wrote", f"{given['out']}/   {table.name}.{', .'.join(SUFFIXES.values())}{', .bib' * bool(jobs)}", err=True)
     if given["publish"] == "true":
         publish(grid.used.values(), Path("results"))
-    if given["logger"] == "wandb":
+    if given["logger"] == "wandb" and not code:
         used = sorted({id for id, _ in grid.used})
         rec = record.new_record("table", {"table": table.name, "records": used}, status="done")
         send({**rec, "tables": {table.name: [grid.columns, grid.rows]}}, table.name)
-    return 0
+    return code
 
 
 def _fits(table: Table, words: Words, given: Mapping[str, str]) -> None:
@@ -255,15 +261,22 @@ def time_missing(table: Table, jobs: cells.Jobs, dirs: Sequence[Path],
     beside = next((label for label in table.chosen(None) if [label] != untimed), None)
     if not untimed or beside is None or (left is not None and left < 1):
         return 0
-    chosen = ",".join([beside, *(label for label in untimed if label != beside)])
+    if todo(table, jobs, dirs):
+        say("note", "no times yet: another process is at some of the trainings", err=True)
+        return 0
+    chosen = ",".join(f"'{label}'" for label in [beside, *(label for label in untimed if label != beside)])
     asked = [f"table={table.name}", f"rows=[{chosen}]", f"time={left or 600:.0f}s", *words.overrides]
     found = papers.rows(asked, words.search)
     assert found is not None
     rows = config.compose_all("bench", [*found[1].values()], words.search)
     for job, label in zip(rows, found[1]):
         job.table, job.label = found[0], label
-    with contextlib.redirect_stdout(sys.stderr):  # what was asked for is the table
-        return bench(match.matched(rows, words.search), asked)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what was asked for is the table
+            return bench(match.matched(rows, words.search), asked)
+    except RunLocked as other:
+        say("note", f"{other}", err=True)
+        return 0
 
 
 def show(grid: Grid) -> None:

@@ -85,13 +85,13 @@ def _together(job: config.Composed, words: Sequence[str], device: Device, began:
         if done := of_first(lambda: _finished(folder, cfg)):
             return done
         rec = of_first(lambda: _begin(job, cfg, folder))
-        rec["environment"] = environment
+        earlier, rec["environment"] = rec["environment"], environment
         _header(job, folder, rec, parts.model.parameter_counts(), words)
         if (size := world().size) > 1:
             agreed = "each solved by itself" if parts.model.layer.reduce.per_sample else "what steers is summed"
             note(f"{size} processes, {parts.recipe.batch // size} images of a batch each: {agreed}")
         own = folder if world().first else Path(held.enter_context(TemporaryDirectory()))  # what the others write
-        return _train(parts, data, device, folder, own, rec, sink if world().first else NoSink(), began, held)
+        return _train(parts, data, device, folder, own, rec, earlier, sink if world().first else NoSink(), began, held)
 
 
 def _finished(folder: Path, cfg: dict[str, Any]) -> Outcome | None:
@@ -119,14 +119,16 @@ def _begin(job: config.Composed, cfg: dict[str, Any], folder: Path) -> dict[str,
     if before["status"] == "done":
         rec["attempt"] = record.next_attempt(folder, (*SAVED, "metrics.jsonl", "record.json"))
     else:
-        rec |= {key: before[key] for key in ("attempt", "resumed_from", "started_at")}
+        rec |= {key: before[key] for key in ("attempt", "resumed_from", "started_at", "environment")}
         rec["timing"]["total_s"] = before["timing"]["total_s"]
+        rec["memory"]["peak_mib"] = before["memory"]["peak_mib"]
     return rec
 
 
-def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: Path, rec: dict[str, Any], sink: Sink,
-           began: float, files: contextlib.ExitStack) -> Outcome:  # fmt: skip
-    cfg, code, error = rec["config"], 1, None
+def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: Path, rec: dict[str, Any],
+           earlier: dict[str, Any], sink: Sink, began: float, files: contextlib.ExitStack) -> Outcome:  # fmt: skip
+    """`earlier`: the environment of the sessions before this one."""
+    cfg, code, error, quiet = rec["config"], 1, None, []
     earlier_s = rec["timing"]["total_s"] or 0.0  # of the sessions before this one
     alone = machine.Alone(root=os.getppid() if world().size > 1 else None)
     machine.reset_peak_memory(device.torch)
@@ -150,7 +152,10 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: P
         if resumed is None:
             jsonl.truncate(0)
         else:
-            rec["resumed_from"] = [*rec["resumed_from"], {"step": resumed, "at": rec["started_at"]}]
+            rec["resumed_from"] = [*rec["resumed_from"], {"step": resumed, "at": record.now()}]
+            quiet = [earlier["alone"]]  # None of one that was killed
+            if earlier["hardware"] != rec["environment"]["hardware"]:
+                fit.at.times, quiet = {}, [None]  # no clock of one machine
             note(f"continuing at step {resumed:,} of {fit.total:,}")
         record.write_record(own, rec)
         config.save(cfg, own / "config.yaml")
@@ -164,8 +169,10 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: P
         with apart():
             rec["flops"]["step"] = count_flops(step, device.images(x), y)
         code = 0
-    except (Interrupted, KeyboardInterrupt):
+    except Interrupted:
         code = 130
+    except KeyboardInterrupt:  # a second one, or before the first step
+        code, rec["steps"] = 130, max(fit.saved_step, 0)
     except CheckpointError:  # nothing has been touched: it is for the user to mend
         raise
     except (NonFinite, DataError) as problem:
@@ -175,8 +182,10 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: P
         (own / "error.txt").write_text(traceback.format_exc())
     rec["status"] = {0: "done", 130: "interrupted"}.get(code, "failed")
     rec["error"] = error
-    rec["environment"]["alone"] = alone.read()
-    rec["memory"]["peak_mib"] = machine.peak_memory_mib(device.torch)
+    quiet.append(alone.read())
+    rec["environment"]["alone"] = False if False in quiet else None if None in quiet else True
+    peaks = rec["memory"]["peak_mib"], machine.peak_memory_mib(device.torch)
+    rec["memory"]["peak_mib"] = max((mib for mib in peaks if mib is not None), default=None)
     rec["timing"]["total_s"] = earlier_s + time.perf_counter() - began
     rec["finished_at"] = record.now()
     record.write_record(own, rec)
@@ -189,16 +198,17 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: P
 def _fill(rec: dict[str, Any], fit: Fit) -> None:
     at = fit.at
     rec["steps"], rec["best_epoch"] = fit.step.taken, at.best_epoch
-    rec["epochs"] = at.epoch - (at.batch > 0)  # whole ones
+    rec["epochs"] = at.epoch - (at.batch > 0)  # that ended, the last maybe by recipe.max_steps
     rec["nonfinite_steps"] = fit.step.nonfinite
     for key, value in at.last.items():
         section, _, name = key.partition(".")
         if name and (section in ("metrics", "solve") or key == "timing.epoch_s"):
             rec[section][name] = value
     rec["timing"]["cold_s"] = at.cold_s
+    solving = fit.recipe.pretrain_steps if fit.step.taken > fit.recipe.pretrain_steps else 0
     for name, values in at.times.items():
-        warm = values[min(10, len(values) - 1) :]
-        rec["timing"][f"{name}_ms"] = clock.summary(warm)
+        left_out = max(10, solving) - (fit.step.taken - len(values))
+        rec["timing"][f"{name}_ms"] = clock.summary(values[max(0, min(left_out, len(values) - 1)) :])
 
 
 def _test(rec: dict[str, Any], model: Any, data: Data, batch: int, device: Device) -> None:
@@ -267,7 +277,10 @@ def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) ->
             say("note", f"{sum(bad.values()):,} test solves did not converge, most of them {name}: {advice}", err=True)
         say("wrote", f"{folder}/   record.json · metrics.jsonl · last.pt · {duration(rec['timing']['total_s'])}")
     elif code == 130:
-        say("train", f"interrupted at step {rec['steps']:,} and saved; the same command continues it", err=True)
+        if rec["steps"]:
+            say("train", f"interrupted at step {rec['steps']:,} and saved; the same command continues it", err=True)
+        else:
+            say("train", "interrupted before anything was saved; the same command begins anew", err=True)
     else:
         hint = f" (details in {folder / 'error.txt'})" if (folder / "error.txt").exists() else ""
         if world().first:

@@ -95,7 +95,7 @@ class Fit:
         self.end = min(until or self.total, self.total)
         self._headed = False
         with Bar(self.end, "steps", self.step.taken) as bar, finishing_on_signals() as asked:
-            while self.step.taken < self.end:
+            while self.step.taken < self.end or (self.step.taken == self.total and self.at.batch):  # an open epoch
                 self._epoch(bar, asked, say)
 
     def _epoch(self, bar: Bar, asked: Callable[[], bool], say: Callable[[str], None]) -> None:
@@ -206,6 +206,7 @@ class Fit:
 
 def _named(means: Mapping[str, float]) -> dict[str, float]:
     """A tally's means under their METRICS keys."""
-    solve = ("nfe_forward", "nfe_backward", "linear_iterations", "residual", "rhs_norm", "converged_fraction")
+    solve = ("nfe_forward", "nfe_backward", "linear_iterations", "residual", "rhs_norm", "converged_fraction",
+             "backward_converged")
     return {"metrics.train_loss": means["loss"], "metrics.train_acc": means["acc"],
             **{f"solve.{key}": means[key] for key in solve if key in means}}  # fmt: skip

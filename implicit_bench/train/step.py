@@ -47,7 +47,9 @@ class Tally:
                 "narrow": back.narrow, "recorded": back.recorded,
             }  # fmt: skip
             if back.iterations is not None and back.rhs_norm is not None:
-                values |= {"linear_iterations": back.iterations.sum(), "rhs_norm": back.rhs_norm.sum()}
+                values |= {"linear_iterations": back.iterations.sum(), "rhs_norm": back.rhs_norm.sum(), "linear": n}
+            if back.converged is not None:
+                values |= {"back": n, "back_converged": back.converged.sum() * (n / len(back.converged))}
             for status, count in enumerate(torch.bincount(statuses, minlength=len(Status)).tolist()):
                 values[f"status_{Status(status).name}"] = count
             for key, value in values.items():
@@ -78,7 +80,10 @@ class Tally:
                "calls_backward": s["calls_backward"] / batches, "residual": s["residual"] / n,
                "narrow": s.get("narrow", 0.0) / batches, "recorded": s.get("recorded", 0.0) / batches}  # fmt: skip
         if "linear_iterations" in s:
-            out |= {"linear_iterations": s["linear_iterations"] / n, "rhs_norm": s["rhs_norm"] / n}
+            solved = s.get("linear", n)  # not those of pretraining
+            out |= {"linear_iterations": s["linear_iterations"] / solved, "rhs_norm": s["rhs_norm"] / solved}
+        if "back" in s:
+            out["backward_converged"] = s["back_converged"] / s["back"]
         counts = self.status_counts()
         asked = n - counts.get("REACHED_END", 0)  # an end time, or a fixed depth, asks for no convergence
         if asked:
@@ -109,6 +114,7 @@ class Step:
         self.schedule = recipe.make_schedule(self.optimizer, total_steps)
         self.timer = StepTimer(device.torch)
         self.start_calls: int = model.layer.init.calls
+        self.running = [b for b in model.buffers() if b.is_floating_point() and recipe.on_nonfinite == "skip_step"]
         self.taken, self.nonfinite = 0, 0
 
     @property
@@ -120,6 +126,7 @@ class Step:
         """x (B, C, H, W), y (B,) -> task loss () and the model's output. Raises NonFinite."""
         depth = self.recipe.pretrain_depth if self.taken < self.recipe.pretrain_steps else 0
         self.timer.start()
+        before = [buffer.clone() for buffer in self.running]  # statistics, which a forward changes
         with self.device.autocast():
             loss, task, out = self.loss(x, y, depth)
         self.timer.lap("forward")
@@ -143,6 +150,8 @@ class Step:
                     part.step()
         else:
             self.nonfinite += 1
+            for buffer, value in zip(self.running, before):
+                buffer.copy_(value)
         self.schedule.step()
         self.timer.lap("optimizer")
         self.taken += 1
@@ -160,8 +169,13 @@ class Step:
         out: Output = self.model(x, depth)
         loss = task = nnf.cross_entropy(out.logits, y)
         for penalty in self.penalties:
-            loss = loss + penalty(out.layer, lambda z: nnf.cross_entropy(self.model.head(z), y))
+            loss = loss + penalty(out.layer, lambda z: self._of_state(z, y))
         return loss, task, out
+
+    def _of_state(self, z: Tensor, y: Tensor) -> Tensor:
+        """The task loss of a state that is no prediction: the head's running statistics are of those alone."""
+        own = {name: buffer.clone() for name, buffer in self.model.head.named_buffers()}
+        return nnf.cross_entropy(torch.func.functional_call(self.model.head, own, z), y)
 
 
 def count_flops(step: Step, x: Tensor, y: Tensor) -> int:

@@ -366,3 +366,22 @@ def test_a_forward_cut_short_is_integrated_back_from_the_time_each_row_reached(r
     assert (float(reached[0]) != float(reached[1])) == reduce.per_sample
     (grad,) = torch.autograd.grad(z.sum(), w)
     assert float(grad) == pytest.approx(float((rates * reached * torch.exp(rates * reached)).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("solver", [Dopri5(1e-6, 1e-6), Vcab3(1e-6, 1e-6)])
+def test_a_solve_back_in_time_that_is_lost_gives_no_gradient(solver):
+    w = f64(0.8).requires_grad_()
+
+    class Lost(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * torch.nan
+
+    z, _, log = Backsolve()(lambda z, t: -w * Lost.apply(z), f64([[1.0]]), to_end(solver), (w,))
+    z.sum().backward()
+    assert log.status.item() in (Status.NONFINITE, Status.STEP_TOO_SMALL)
+    assert w.grad.isnan()

@@ -165,6 +165,7 @@ def test_finished_runs_are_timed_at_their_own_weights(tmp_path, capsys, brisk):
     assert mib["train_mib"] == sorted(mib["train_mib_readings"])[1]
     assert {folder: (folder / "last.pt").read_bytes() for folder in folders} == before
     for wrong, why in ((["runs=deq"], "two rows or more"), (["runs=deq,zzz"], "no run 'zzz'"),
+                       (["runs=deq,12345e1234"], "no run '12345e1234'"),
                        (["runs=deq,explicit", "model=deq"], "leave model=deq out"),
                        (["runs=deq,explicit", "at=5"], "leave at=[5] out")):  # fmt: skip
         assert main(["bench", *wrong, *given]) == 2

@@ -5,7 +5,8 @@ import pytest
 import torch
 from problems import BATCH, PER_SAMPLE, affine, close, contraction, f64, random, tanh_map, with_spectrum
 
-from implicit_bench.core import FixedPoint, FixedSteps, Residual, Status, solve
+from implicit_bench.adjoints import Solve, Unroll
+from implicit_bench.core import FixedPoint, FixedSteps, Reduce, Residual, Status, solve
 from implicit_bench.solvers import Anderson, Picard
 
 W, CTX = contraction(4, 0.9), random(3, 4, seed=1)
@@ -158,3 +159,17 @@ def test_anderson_is_far_ahead_where_picard_is_slow():
 def test_an_impossible_setting_is_refused_in_a_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_row_at_rest_leaves_the_others_their_gradient(checkpoint):
+    """Its differences are nought, and so is its Gram matrix, of which an unroll must not differentiate the factor."""
+    p = f64([[0.0, 0.0], [0.5, 0.8]]).requires_grad_()
+    F = FixedPoint(lambda z, t: p * torch.tanh(z) + 1)
+    grads = []
+    for solver in (Anderson(), Picard()):
+        problem = Solve(solver, Residual(tol=1e-10), Reduce(per_sample=True))
+        z, solution, _ = Unroll(checkpoint=checkpoint)(F, f64([[0.0, 0.0], [0.0, 0.0]]), problem, ())
+        assert (solution.status == Status.CONVERGED).all()
+        grads += torch.autograd.grad(z.sum(), p)
+    close(*grads, 1e-8)

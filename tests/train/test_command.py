@@ -9,6 +9,7 @@ import time
 
 import jobs
 import pytest
+import torch
 
 from implicit_bench import config, log, machine, record
 from implicit_bench.jsonl import read_jsonl
@@ -145,14 +146,14 @@ def test_an_epoch_of_fewer_images_sees_others_each_time(tmp_path, monkeypatch):
     assert len(first & second) < 60  # of 1,257: a sixth of 200 by chance
 
 
-@pytest.mark.parametrize("at", [5, 39, 50])
+@pytest.mark.parametrize("at", [5, 39, 50, 117])  # the last is the run's last
 def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, undisturbed, at):
     with ctrl_c(at):
         first = jobs.run(tmp_path, *RUN)
     assert first.exit_code == 130
     assert record.read_record(first.folder)["status"] == "interrupted"
     assert record.read_record(first.folder)["steps"] == at
-    assert not jobs.same_weights(first.folder, undisturbed.folder)
+    assert jobs.same_weights(first.folder, undisturbed.folder) == (at == 117)
     second = jobs.run(tmp_path, *RUN)
     assert second.exit_code == 0
     assert second.folder == first.folder
@@ -160,6 +161,47 @@ def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, undist
     assert jobs.same_weights(second.folder, undisturbed.folder)
     assert rows(second.folder) == rows(undisturbed.folder)
     assert second.record["metrics"] == undisturbed.record["metrics"]
+
+
+@pytest.mark.parametrize(("reads", "alone"), [([False, True], False), ([True, True], True), ([None, True], None)])
+def test_a_resumed_run_was_alone_if_all_of_its_sessions_were(tmp_path, monkeypatch, reads, alone):
+    answers = iter(reads)
+    monkeypatch.setattr(machine.Alone, "read", lambda self: next(answers))
+    words = ("model=deq", "recipe.max_steps=20")
+    with ctrl_c(5):
+        jobs.run(tmp_path, *words)
+    assert jobs.run(tmp_path, *words).record["environment"]["alone"] is alone
+
+
+def test_a_run_that_went_on_elsewhere_has_the_times_of_its_last_machine(tmp_path):
+    words = ("model=deq", "recipe.max_steps=30")
+    with ctrl_c(12):
+        first = jobs.run(tmp_path, *words)
+    rec = record.read_record(first.folder)
+    rec["environment"]["hardware"] = "another"
+    record.write_record(first.folder, rec)
+    again = jobs.run(tmp_path, *words).record
+    assert (again["environment"]["alone"], again["timing"]["step_ms"]["n"]) == (None, 18)
+
+
+def test_figures_are_of_the_steps_that_solve(tmp_path):
+    rec = jobs.run(tmp_path, "model=deq", "recipe.pretrain_steps=24", "recipe.max_steps=30").record
+    assert rec["timing"]["step_ms"]["n"] == 6
+    assert rec["solve"]["linear_iterations"] > 2  # not a fifth of it
+
+
+def test_a_loss_is_not_rounded_as_the_network_is(tmp_path):
+    loss = jobs.run(tmp_path, "recipe.max_steps=2", "gpu.dtype=bfloat16").record["metrics"]["test_loss"]
+    assert loss != float(torch.tensor(loss).bfloat16())
+
+
+def test_a_second_ctrl_c_says_what_is_saved(tmp_path, monkeypatch, capsys):
+    def impatient(self, x, y):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Step, "__call__", impatient)
+    assert jobs.run(tmp_path, "model=deq").exit_code == 130
+    assert "interrupted before anything was saved; the same command begins anew" in capsys.readouterr().err
 
 
 def test_sigkill_mid_run_then_the_same_command(tmp_path, undisturbed):

@@ -177,3 +177,30 @@ def test_tally_means_are_means_over_samples_and_batches(make):
     assert tally.status_counts() == {"CONVERGED": n}
     again = Tally(tally.sums)
     assert again.means() == means
+
+
+def test_a_penalty_on_other_states_leaves_the_heads_statistics_alone(make):
+    x, y = batch()
+    step = make("model=deq", "network=mdeq_small", "penalty=[correction]", "stop.max_steps=6")
+    step(x.expand(-1, 1, -1, -1), y)
+    counts = [b for name, b in step.model.head.named_buffers() if name.endswith("num_batches_tracked")]
+    assert [int(count) for count in counts] == [1] * len(counts) != []
+
+
+@pytest.mark.parametrize("init", ["zero", "f_zero", "skip_net", "shared"])
+def test_under_autocast_a_solve_keeps_its_state_in_float32(tmp_path, init):
+    words = ["model=deq", f"init={init}", "stop.max_steps=5", "gpu.dtype=bfloat16"]
+    job = config.compose("train", jobs.words(tmp_path, *words))
+    parts = config.build(job.config)
+    with Device("cpu", threads=1, dtype="bfloat16").autocast():
+        out = parts.model(batch()[0]).layer
+    assert out.solution.value.dtype == torch.float32
+
+
+def test_a_backward_that_did_not_converge_is_told(make):
+    x, y = batch()
+    for words, share in (([], 1.0), (["adjoint.max_iter=1", "adjoint.rtol=1e-6"], 0.0)):
+        step, tally = make("model=deq", *words), Tally()
+        task, out = step(x, y)
+        tally.add(task, y, out, step.start_calls)
+        assert tally.means()["backward_converged"] == share
