@@ -142,14 +142,10 @@ def _plan(command: str, words: Words) -> int:
     if command == "data":
         return _data(words)
     jobs = _jobs(command, words)
-    from . import config, plan
+    from . import plan
+    from .sweep.board import shared
 
-    if words.multirun and (hydras := of_hydra(words.overrides)):
-        from .sweep.board import share_of_cores
-
-        share = share_of_cores(config.launcher(hydras, words.search))
-        for job in jobs:
-            job.config["gpu"]["threads"] = job.config["gpu"]["threads"] or share
+    shared(jobs, of_hydra(words.overrides), words.search)
     if command == "train":
         return plan.plan_training(jobs)
     return plan.plan_bench(jobs, words.overrides) if command == "bench" else plan.plan_others(command, jobs)

@@ -84,7 +84,7 @@ examples
   {PROG} eval run=skip_deq-digits eval.steps=0,1,2,3,5,8 eval.noise=0.05,0.1 eval.blur=[]
   {PROG} eval run=last eval.split=val eval.images=1000 format=json
 
-keys (default): run (last) plot (false) eval.split=test|val|train (test) eval.images (null) eval.batch (500)
+keys (default): run (last) plot (false) eval.split=test|val|train (test) eval.images (null) eval.batch (as trained)
   eval.steps ([0,1,2,4,8,16]) eval.noise ([0.1,0.2,0.4]) eval.blur ([0.5,1.0,2.0]) eval.radius_images (100)
   eval.tolerances ([]) such as 1e-1,1e-2,1e-3, of the residual or of the steps to an end time
   eval.solvers ([picard,anderson,broyden]) of the plot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,14 +35,20 @@ def as_meant(word: str) -> str:
     """What Hydra would take for a sweep or a number, quoted."""
     key, _, value = word.partition("=")
     if key in NAMES and (names := value.strip("[]")):
-        return f"{key}=[{','.join(map(_quoted, names.split(',')))}]"
+        return f"{key}=[{','.join(map(_as_text, names.split(',')))}]"
     if key in LISTS and not value.startswith("["):
         return f"{key}=[{value}]"
-    return f"{key}={_quoted(value)}" if key in TEXTS else word
+    return f"{key}={_as_text(value)}" if key in TEXTS else word
 
 
-def _quoted(text: str) -> str:
-    return text if (text := text.strip())[:1] in ("'", '"') else f"'{text}'"
+def _as_text(text: str) -> str:
+    return text if (text := text.strip())[:1] in ("'", '"') else quoted(text, always=True)
+
+
+def quoted(text: str, always: bool = False) -> str:
+    """As Hydra reads it for text, in quotes where it has signs of Hydra's grammar in it."""
+    plainly = not always and re.fullmatch(r"[\w./~-]+", text)
+    return text if plainly else "'" + text.replace("'", "\\'") + "'"
 
 
 def of_hydra(overrides: Sequence[str]) -> list[str]:
@@ -76,9 +83,9 @@ def split(args: Sequence[str]) -> Words:
             if words and value not in words:
                 raise UsageError(f"no {flag} {value!r}{nearest(value, words)}")
             flags += [flag, value]
-    if (alone := [f for f in flags if f in ("--resolve", "--package", "-p")]) and len(flags) == len(alone) * (
-            1 + (alone[0] != "--resolve")):  # fmt: skip
-        raise UsageError(f"{alone[0]} says how to show a configuration; add --cfg job")
+    asked = {flag.partition("=")[0] for flag in flags}
+    if (how := asked & {"--resolve", "--package", "-p"}) and not asked & {"--cfg", "-c", "--info", "-i"}:
+        raise UsageError(f"{min(how)} says how to show a configuration; add --cfg job")
     if len(search) > 1 or any(not folder or "=" in folder for folder in search):
         raise UsageError("--config-dir wants one folder, such as --config-dir my-configs")
     return Words(overrides, search, multirun, flags, plan)

@@ -19,7 +19,7 @@ from implicit_bench import clock
 from implicit_bench.compare.rows import Run
 from implicit_bench.jsonl import read_jsonl
 from implicit_bench.table import cells
-from implicit_bench.table.command import write
+from implicit_bench.table.out import write
 from implicit_bench.table.report import measured, sections
 from implicit_bench.terminal import manners
 

@@ -388,7 +388,7 @@ def test_an_unfinished_run_is_refused_with_what_resumes_it(here, capsys, status)
     put(here, "cdeq")
     path = put(here, "cdeq", 1, "paths.runs=elsewhere", status=status)
     said = refused(capsys)
-    assert said.partition(" (or")[0].endswith(" paths.runs=elsewhere")
+    assert " paths.runs=elsewhere" in said
     state = {"failed": "has failed", "interrupted": "was interrupted", "running": "was stopped"}[status]
     assert said.startswith(f"{path.name} {state}; go on with: implicit-bench train model=cdeq seed=1")
     if status == "failed":

@@ -13,6 +13,7 @@ from implicit_bench import load_run
 from implicit_bench.adjoints import IFT
 from implicit_bench.cli import main
 from implicit_bench.core import Residual
+from implicit_bench.data import Data
 from implicit_bench.device import Device
 from implicit_bench.evaluation.look import blurred, spectral_radius
 from implicit_bench.models import Classifier, ImplicitLayer, Zero
@@ -28,6 +29,16 @@ def trained(tmp_path_factory):
     for model in ("skip_deq", "neural_ode", "resnet"):
         jobs.run(here, f"model={model}", "recipe.max_steps=40")
     return here
+
+
+def test_batches_are_those_that_training_evaluates_in(trained, capsys, monkeypatch):
+    sizes, real = set(), Data.batches
+    monkeypatch.setattr(Data, "batches", lambda self, split, size: sizes.add(size) or real(self, split, size))
+    evaluated(capsys, trained, "resnet")
+    assert sizes == {load_run("resnet", trained / "runs").config["recipe"]["eval_batch"]}
+    sizes.clear()
+    evaluated(capsys, trained, "resnet", "eval.batch=7")
+    assert sizes == {7}
 
 
 def evaluated(capsys, trained, run, *words):

@@ -150,8 +150,13 @@ def test_a_job_that_is_tried_again_waits_for_the_lock_of_the_machine_that_died(t
         real(self, number, job)
 
     monkeypatch.setattr(command.Sweep, "announce", announce)
-    if again:
-        command.Sweep(tmp_path / "sweep").begin([words])
-        command.Sweep(tmp_path / "sweep").tell(0, words, "running")
-    assert main(["train", "-m", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}"]) == 0
+    begin = command.Sweep.begin
+
+    def begun(self, jobs, paired):
+        begin(self, jobs, paired)
+        if again:
+            self.tell(0, words, "running")
+
+    monkeypatch.setattr(command.Sweep, "begin", begun)
+    assert main(["train", "-m", *words]) == 0
     assert f"1 jobs: 1 {'done' if again else 'elsewhere'}" in capsys.readouterr().out

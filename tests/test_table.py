@@ -27,7 +27,7 @@ from implicit_bench.compare.rows import Run
 from implicit_bench.report.ratios import WIDE
 from implicit_bench.schema import GROUPS
 from implicit_bench.table import cells, columns, verdicts
-from implicit_bench.table.command import publish
+from implicit_bench.table.out import publish
 from implicit_bench.table.report import _bars, _curves, _trainings
 
 MINE = """title: Digits
@@ -414,8 +414,7 @@ def test_trainings_whose_solves_did_not_converge_are_marked_in_a_table_without_t
     out = capsys.readouterr().out
     assert "deq *  2/2" in out
     assert "cdeq *" not in out
-    share = said.replace("20%", "60%").replace("in training 90%", "in training 95%")  # averaged over the seeds
-    assert f"*: fewer than 95% of its solves converged: deq {share}\n" in out
+    assert f"*: fewer than 95% of its solves converged: deq {said}\n" in out  # of one seed of two
 
 
 def test_a_bench_of_few_rounds_takes_no_fuller_ones_place(here, capsys):
@@ -841,9 +840,9 @@ def test_a_report_of_nothing_is_one_sentence_and_writes_nothing(here, capsys, wo
     assert not (here / "report").exists()
 
 
-def test_a_labels_signs_are_no_grammar_and_what_is_said_of_logger_and_paths_holds_for_the_trainings(here, capsys):
+def test_a_labels_signs_are_no_grammar_and_logger_and_paths_are_the_trainings_too(here, capsys):
     (here / "own/table/signs.yaml").write_text(
-        "seeds: {sound: [0]}\ncolumns: [test_acc, train_s]\nwords: [recipe.max_steps=2, gpu.threads=1, recipe.batch=16]\n"
+        "seeds: {sound: [0]}\ncolumns: [test_acc, train_s]\nwords: [recipe.max_steps=2, gpu.threads=1]\n"
         "rows: {'deq (anderson)': {words: [model=deq, solver=anderson]}, deq: {words: [model=deq]}}\n")
     words = ["table=signs", "--config-dir=own", "paths.runs=mine", "logger=none"]
     assert main(["table", *words, "run_missing=true", "time=20s"]) == 0

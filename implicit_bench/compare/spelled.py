@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import config, log, record
 from ..schema import UsageError, files
+from ..words import quoted
 
 DEFAULTS = {"experiment": "none", "protocol": "sound", "length": "full"}
 GROUPS = ("network", "init", "solver", "stop", "adjoint", "recipe", "dataset")
@@ -43,10 +44,13 @@ def bench(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 def words(rec: Mapping[str, Any]) -> list[str]:
     """All but model and seed that differs from the defaults; without the single values where they do not compose."""
-    wanted, model = rec["config"], f"model={rec['config']['model']['name']}"
+    paths = (rec["config"].get("paths") or {}).items()
+    return [*_differing(rec), *(f"paths.{key}={quoted(folder)}" for key, folder in paths if folder != key)]
+
+
+def _differing(rec: Mapping[str, Any]) -> list[str]:
     given = [f"{key}={rec[key]}" for key, default in DEFAULTS.items() if rec.get(key) not in (None, default)]
-    paths = wanted.get("paths") or {}
-    given += [f"paths.{key}={paths[key]}" for key in ("runs", "data") if paths.get(key, key) != key]
+    wanted, model = rec["config"], f"model={rec['config']['model']['name']}"
     try:
         composed = _composed((model, *given))
         names = [log.choices(c).get("dataset") for c in (wanted, composed)]

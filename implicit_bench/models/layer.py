@@ -134,7 +134,8 @@ class ImplicitLayer(nn.Module):
             return self.cell(z, ctx, t)
 
         start, probed = self.init(x, f), self._direct
-        start = start.to(torch.promote_types(start.dtype, torch.float32))  # under autocast f alone is in bfloat16
+        if torch.is_autocast_enabled(start.device.type):  # f alone is in bfloat16
+            start = start.to(torch.promote_types(start.dtype, torch.float32))
         if start.shape[1:] != (self.cell.size,):
             numbers = tuple(start.shape[1:])
             raise ValueError(f"the start has {numbers} numbers a sample, but cell.size is {self.cell.size}")

@@ -216,6 +216,15 @@ def _counts(told: dict[int, dict[str, Any]]) -> Counter[str]:
     return Counter({state: counts[state] for state in STATES if counts[state]})
 
 
+def shared(jobs: Sequence[Any], hydras: Sequence[str], search: Sequence[str]) -> None:
+    """Give composed jobs the threads that they will have under the launcher that these words of Hydra's name."""
+    from ..config import launcher
+
+    share = share_of_cores(launcher(hydras, search)) if hydras else None
+    for job in jobs:
+        job.config["gpu"]["threads"] = job.config["gpu"]["threads"] or share
+
+
 def share_of_cores(launcher: Mapping[str, Any]) -> int | None:
     """Threads for a job that runs beside others under this launcher of Hydra's, so that they do not fight; None where
     it has the machine to itself."""

@@ -14,7 +14,7 @@ from ..guard import guarded, refuse
 from ..handover import hand_over
 from ..help import PROG
 from ..schema import UsageError, first_line
-from ..words import Words, of_hydra
+from ..words import Words, of_hydra, quoted
 from .board import BAD, Sweep, share_of_cores
 
 
@@ -37,18 +37,19 @@ def run(jobs: Sequence[Sequence[str]] | None, paired: bool, runs: Path, words: W
         ) -> tuple[bool, list[dict[str, Any]]]:
     """Whether any failed, and what each came to. `jobs`: the words of each, unless a sweeper chooses them; where they
     are `paired`, Hydra sees nothing of these words but what is its own."""
-    from .. import record
+    from .. import config, record
 
     given = {o.partition("=")[0]: o.partition("=")[2] for o in words.overrides}
     record.writable("paths.runs", runs)
-    top = given.get("hydra.sweep.dir", "").strip("'\"") or runs / ".sweeps"
+    named = config.parse([o for o in words.overrides if o.startswith("hydra.sweep.dir=")])
+    top = str(named[-1].value()) if named else runs / ".sweeps"
     folder = Path(top) / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # its own: beside it may lie a user's files
     board, launcher = Sweep(folder.absolute()), given.get("hydra/launcher", "basic")
     own = of_hydra(words.overrides) if paired else words.overrides
     own = [o for o in own if not o.startswith("hydra.sweep.dir=")]
     own = [*own, f"+job=range({len(jobs or ())})"] if paired else own
-    quoted = str(board.folder).replace("'", "\\'")
-    own += [f"hydra.sweep.dir='{quoted}'", "+hydra.callbacks.lean._target_=implicit_bench.sweep.board.Lean"]
+    own += [f"hydra.sweep.dir={quoted(str(board.folder))}",
+            "+hydra.callbacks.lean._target_=implicit_bench.sweep.board.Lean"]  # fmt: skip
     cluster: contextlib.AbstractContextManager[list[str]] = contextlib.nullcontext([])
     if launcher == "ray":
         from .cluster import connected

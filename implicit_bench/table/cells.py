@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -60,12 +59,12 @@ class Line:
     @property
     def shy(self) -> dict[str, float]:
         """The shares of solves that converged in the last epochs of the trainings and on their test images, where they
-        are too few, averaged over seeds."""
+        are too few, of the seed with the fewest."""
         found = {where: [share for run in self.runs.values() if (share := value_at(run.record, path)) is not None]
                  for where, path in (("in training", ("solve", "converged_fraction")),
                                      ("at test", ("solve", "test", "converged_fraction")))}  # fmt: skip
-        return {where: statistics.fmean(shares) for where, shares in found.items()
-                if any(share < CONVERGED_ENOUGH for share in shares)}  # fmt: skip
+        least = {where: min(shares) for where, shares in found.items() if shares}
+        return {where: share for where, share in least.items() if share < CONVERGED_ENOUGH}
 
     @property
     def n(self) -> str:

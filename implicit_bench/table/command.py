@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
-import re
 import shlex
-import shutil
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from .. import config, log, machine, papers, record, terminal
+from .. import config, papers, record
 from ..bench import claims
 from ..bench.command import seconds
 from ..compare.rows import Run
-from ..jsonl import read_jsonl
 from ..lock import RunLocked
 from ..papers import Table
 from ..plan import plan_training
-from ..report import tables
 from ..schema import UsageError, files, nearest
-from ..sync import replay
+from ..sweep.board import shared
 from ..terminal import say
-from ..words import Words, split
+from ..words import Words, of_hydra, split
 from . import cells, verdicts
 from .columns import COLUMNS
 from .grid import SUFFIXES, Grid, of_bars, of_board, of_cells, of_claims
+from .out import publish, send, show, write
 
 KEYS = {"table": "claims", "records": "runs,results", "columns": "", "rows": "", "seeds": "", "run_missing": "false",
         "time": "", "publish": "false", "out": "", "logger": "none"}  # fmt: skip
@@ -78,7 +73,9 @@ def command(args: Sequence[str]) -> int:
     seeds = [*map(int, listed(given["seeds"]))]
     jobs = jobs_of(table, listed(given["rows"]), words, seeds) if table.kind == "cells" else {}
     if words.plan:
-        return plan_training([job for _, _, job in todo(table, jobs, dirs)])
+        missing = [job for _, _, job in todo(table, jobs, dirs)]
+        shared(missing, of_hydra(launch.overrides), words.search)
+        return plan_training(missing)
     if given["run_missing"] == "true":
         began = time.monotonic()
         code = run_missing(table, jobs, dirs, budget, launch)
@@ -261,7 +258,8 @@ def time_missing(table: Table, jobs: cells.Jobs, dirs: Sequence[Path],
     beside = next((label for label in table.chosen(None) if [label] != untimed), None)
     if not untimed or beside is None or (left is not None and left < 1):
         return 0
-    if todo(table, jobs, dirs):
+    runs = Path(next(iter(next(iter(jobs.values())).values())).config["paths"]["runs"])
+    if todo(table, jobs, [*dirs, runs]):
         say("note", "no times yet: another process is at some of the trainings", err=True)
         return 0
     chosen = ",".join(f"'{label}'" for label in [beside, *(label for label in untimed if label != beside)])
@@ -277,73 +275,3 @@ def time_missing(table: Table, jobs: cells.Jobs, dirs: Sequence[Path],
     except RunLocked as other:
         say("note", f"{other}", err=True)
         return 0
-
-
-def show(grid: Grid) -> None:
-    """On standard output, in the format asked for."""
-    if terminal.format != "text":
-        print(grid.said(terminal.format), end="")
-        return
-    say("table", grid.title)
-    for head, below in grid.blocks:
-        print(terminal.hanging(f" {head[0]:4}{head[1]:21}", head[2]))
-        for protocol, line in below:
-            print(terminal.hanging(f"     {protocol}", line))
-    if not grid.blocks:
-        tables.show(grid.columns, grid.rows, spare=grid.spare)  # a narrow terminal has not those missed the least
-    for note in grid.notes:
-        say("", note)
-
-
-def write(grid: Grid, name: str, folder: Path, jobs: cells.Jobs) -> None:
-    """NAME.md, .csv, .tex, .json, .txt, and NAME.bib of the methods; the same records give the same bytes."""
-    record.writable("out", folder)
-    for format, suffix in SUFFIXES.items():
-        (folder / f"{name}.{suffix}").write_text(grid.said(format), encoding="utf-8")
-    if cited := references([job.config for each in jobs.values() for job in each.values()]):
-        (folder / f"{name}.bib").write_text(cited, encoding="utf-8")
-
-
-def references(configs: Sequence[Mapping[str, Any]]) -> str:
-    """The entries of refs.bib that have a class or a data set of these configs among their keywords."""
-    flat = [(key, value) for cfg in configs for key, value in record.flat(cfg).items()]
-    used = {str(value).rpartition(".")[2] for key, value in flat if key.endswith("_target_")}
-    used |= {str(value) for key, value in flat if key == "dataset.name"}
-    entries = (Path(__file__).parent / "refs.bib").read_text(encoding="utf-8").splitlines(keepends=True)
-    found = [(entry, re.search(r"keywords = \{([^}]*)\}", entry)) for entry in entries]
-    return "".join(entry for entry, words in found if words and used & {*words[1].split(", ")})
-
-
-def publish(runs: Any, results: Path) -> None:
-    """Copy records, and of their metrics the rows of whole epochs or, of a bench, its rounds, to results/HARDWARE/."""
-    count = 0
-    for run in runs:
-        source = run.folder / "record.json"
-        if not source.exists():  # it is a copy itself
-            continue
-        folder = results / machine.folder_name(run.record["environment"]["hardware"])
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / f"{run.name}.record.json")
-        if (seen := run.folder / "eval/test.json").exists():
-            shutil.copyfile(seen, folder / f"{run.name}.eval.json")
-        rounds = run.record["command"] == "bench"
-        rows = [row for row in read_jsonl(run.folder / "metrics.jsonl") if rounds or "epoch" in row]
-        if rows:
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"{run.name}.metrics.jsonl").write_text(text, encoding="utf-8")
-        count += 1
-    say("publish", f"{terminal.count(count, 'record')} copied to {results}/; those that were there stay")
-
-
-def send(rec: dict[str, Any], name: str, page: str = "") -> None:
-    """A W&B run of what was made of records, with its tables or its page."""
-    folder = Path("runs") / record.folder_name(rec["command"], name, None, rec["run_id"])
-    rec["attempt"] = record.next_attempt(folder, ("record.json", "report.html"))
-    record.write_record(folder, rec)
-    if page:
-        (folder / "report.html").write_text(page, encoding="utf-8")
-    sink = log.Wandb()
-    sink.start(rec, folder)
-    replay(sink, rec, folder)
-    sink.finish(0)
-    print(f"wrote   {folder}/", file=sys.stderr)

@@ -20,8 +20,9 @@ from ..schema import UsageError, files, nearest
 from ..terminal import Bar, say
 from ..words import split
 from . import cells, columns, verdicts
-from .command import filling, grid_of, jobs_of, keyed, listed, send, touched
+from .command import filling, grid_of, jobs_of, keyed, listed, touched
 from .grid import Grid
+from .out import send
 
 KEYS = {"records": "runs,results", "out": "report", "logger": "none"}
 SPEEDS = ("train", "backward", "predict")

@@ -114,12 +114,13 @@ def _begin(job: config.Composed, cfg: dict[str, Any], folder: Path) -> dict[str,
     rec = record.new_record("train", cfg, experiment=job.choices.get("experiment"),
                             protocol=job.choices.get("protocol"), length=job.choices.get("length"))  # fmt: skip
     if not (folder / "record.json").exists():
+        rec["attempt"] = record.next_attempt(folder, ())
         return rec
     before = record.read_record(folder)
     if before["status"] == "done":
         rec["attempt"] = record.next_attempt(folder, (*SAVED, "metrics.jsonl", "record.json"))
     else:
-        rec |= {key: before[key] for key in ("attempt", "resumed_from", "started_at", "environment")}
+        rec |= {key: before[key] for key in ("attempt", "resumed_from", "started_at", "environment", "steps")}
         rec["timing"]["total_s"] = before["timing"]["total_s"]
         rec["memory"]["peak_mib"] = before["memory"]["peak_mib"]
     return rec
@@ -128,7 +129,9 @@ def _begin(job: config.Composed, cfg: dict[str, Any], folder: Path) -> dict[str,
 def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: Path, rec: dict[str, Any],
            earlier: dict[str, Any], sink: Sink, began: float, files: contextlib.ExitStack) -> Outcome:  # fmt: skip
     """`earlier`: the environment of the sessions before this one."""
-    cfg, code, error, quiet = rec["config"], 1, None, []
+    cfg, code, error, fit = rec["config"], 1, None, None
+    begun = any((folder / name).exists() for name in SAVED)
+    quiet = [earlier["alone"]] if begun else []  # None of a session that was killed
     earlier_s = rec["timing"]["total_s"] or 0.0  # of the sessions before this one
     alone = machine.Alone(root=os.getppid() if world().size > 1 else None)
     machine.reset_peak_memory(device.torch)
@@ -153,7 +156,6 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: P
             jsonl.truncate(0)
         else:
             rec["resumed_from"] = [*rec["resumed_from"], {"step": resumed, "at": record.now()}]
-            quiet = [earlier["alone"]]  # None of one that was killed
             if earlier["hardware"] != rec["environment"]["hardware"]:
                 fit.at.times, quiet = {}, [None]  # no clock of one machine
             note(f"continuing at step {resumed:,} of {fit.total:,}")
@@ -172,7 +174,7 @@ def _train(parts: config.Parts, data: Data, device: Device, folder: Path, own: P
     except Interrupted:
         code = 130
     except KeyboardInterrupt:  # a second one, or before the first step
-        code, rec["steps"] = 130, max(fit.saved_step, 0)
+        code, rec["steps"] = 130, fit.saved_step if fit and fit.saved_step > 0 else rec["steps"]
     except CheckpointError:  # nothing has been touched: it is for the user to mend
         raise
     except (NonFinite, DataError) as problem:

@@ -27,7 +27,8 @@ def evaluate(model: Classifier, data: Data, split: Split, batch: int, device: De
             out = model(x)
         timer.lap("predict")
         if counts:
-            tally.add(nnf.cross_entropy(out.logits.float(), y), y, out, model.layer.init.calls)
+            logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
+            tally.add(nnf.cross_entropy(logits, y), y, out, model.layer.init.calls)
     model.train()
     tally = tally.of_all()
     return {**tally.means(), "status_counts": tally.status_counts(), "predict_ms": timer.drain(wait=True)["predict"]}

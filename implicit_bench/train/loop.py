@@ -149,7 +149,8 @@ class Fit:
             val = evaluate(self.model, data, data.val, self.recipe.eval_batch, self.device)
             if val["acc"] > at.best_val_acc:
                 at.best_epoch, at.best_val_acc = at.epoch, val["acc"]
-        ms = summary(at.times["step"][-self.steps_an_epoch :])["median"]
+        times = at.times.get("step", [])[-self.steps_an_epoch :]
+        ms = summary(times)["median"] if times else None  # none of this machine
         row = {
             "epoch": at.epoch,
             "lr": self.step.optimizer.param_groups[0]["lr"],

@@ -114,7 +114,6 @@ class Step:
         self.schedule = recipe.make_schedule(self.optimizer, total_steps)
         self.timer = StepTimer(device.torch)
         self.start_calls: int = model.layer.init.calls
-        self.running = [b for b in model.buffers() if b.is_floating_point() and recipe.on_nonfinite == "skip_step"]
         self.taken, self.nonfinite = 0, 0
 
     @property
@@ -126,7 +125,8 @@ class Step:
         """x (B, C, H, W), y (B,) -> task loss () and the model's output. Raises NonFinite."""
         depth = self.recipe.pretrain_depth if self.taken < self.recipe.pretrain_steps else 0
         self.timer.start()
-        before = [buffer.clone() for buffer in self.running]  # statistics, which a forward changes
+        skips = self.recipe.on_nonfinite == "skip_step"
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()} if skips else {}
         with self.device.autocast():
             loss, task, out = self.loss(x, y, depth)
         self.timer.lap("forward")
@@ -150,8 +150,8 @@ class Step:
                     part.step()
         else:
             self.nonfinite += 1
-            for buffer, value in zip(self.running, before):
-                buffer.copy_(value)
+            for name, buffer in self.model.named_buffers():  # statistics, which the forward has changed
+                buffer.copy_(before[name])
         self.schedule.step()
         self.timer.lap("optimizer")
         self.taken += 1
