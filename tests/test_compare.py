@@ -11,14 +11,16 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import jobs
 import pytest
 from test_log import inspect
 
-from implicit_bench import config, machine, record
+from implicit_bench import config, machine, papers, record
 from implicit_bench.cli import main
 from implicit_bench.compare import spelled
+from implicit_bench.compare.command import _cut
 from implicit_bench.compare.figures import Trained, line, ratio, t_quantile
 from implicit_bench.compare.rows import Run
 from implicit_bench.record import read_record
@@ -484,3 +486,14 @@ def test_a_sweep_of_which_runs_fail_keeps_its_exit_code_and_says_why_there_is_no
     lines = [line for line in err.splitlines() if "no comparison" in line]
     lacks = [f"model={name} has left no record" for name in ("neural_ode", "explicit")]
     assert lines == [f"note    no comparison: {text}" for text in lacks]
+
+
+def test_what_a_tables_row_is_made_of_cuts_no_training():
+    found = papers.table("homo_ode")
+    for label, words in found.jobs(["homo_ode", "neural_ode", "deq", "explicit"], [], cpu=False).items():
+        job = config.compose("train", words)
+        labels = {key: job.choices[key] for key in ("experiment", "protocol", "length")}
+        rec = record.new_record("train", job.config, **labels)
+        for more, cut in (({}, False), ({"recipe": {**job.config["recipe"], "epochs": 1}}, True)):
+            run = Run(label, {**rec, "config": {**job.config, **more}}, "done", Path())
+            assert _cut(run) == cut, spelled.words(run.record)

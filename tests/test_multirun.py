@@ -196,7 +196,7 @@ def test_a_plan_has_the_run_that_a_launcher_makes(sweep, tmp_path, capsys):
     words = ["model=explicit", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "gpu.threads=null"]
     planned = jobs.words(tmp_path, "recipe.max_steps=2", *words, "plan=true")
     assert main(["train", "-m", *planned, "format=json"]) == 0
-    names = [row["run"] for row in json.loads(capsys.readouterr().out)]
+    names = [row["job"] for row in json.loads(capsys.readouterr().out)]
     assert sweep(*words)[2] == "2 jobs: 2 done"
     assert sorted(names) == sorted(path.parent.name for path in tmp_path.glob("runs/*/record.json"))
 

@@ -173,15 +173,18 @@ def test_a_resumed_run_was_alone_if_all_of_its_sessions_were(tmp_path, monkeypat
     assert jobs.run(tmp_path, *words).record["environment"]["alone"] is alone
 
 
-def test_a_run_that_went_on_elsewhere_has_the_times_of_its_last_machine(tmp_path):
+@pytest.mark.parametrize("at", [12, 30])
+def test_a_run_that_went_on_elsewhere_has_the_times_of_its_last_machine(tmp_path, at):
     words = ("model=deq", "recipe.max_steps=30")
-    with ctrl_c(12):
+    with ctrl_c(at):
         first = jobs.run(tmp_path, *words)
     rec = record.read_record(first.folder)
     rec["environment"]["hardware"] = "another"
     record.write_record(first.folder, rec)
     again = jobs.run(tmp_path, *words).record
-    assert (again["environment"]["alone"], again["timing"]["step_ms"]["n"]) == (None, 18)
+    assert again["environment"]["alone"] is None
+    spread = again["timing"]["step_ms"]
+    assert (spread and spread["n"], again["status"]) == (18 if at == 12 else None, "done")
 
 
 def test_figures_are_of_the_steps_that_solve(tmp_path):
@@ -196,12 +199,20 @@ def test_a_loss_is_not_rounded_as_the_network_is(tmp_path):
 
 
 def test_a_second_ctrl_c_says_what_is_saved(tmp_path, monkeypatch, capsys):
-    def impatient(self, x, y):
+    def impatient(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Step, "__call__", impatient)
-    assert jobs.run(tmp_path, "model=deq").exit_code == 130
-    assert "interrupted before anything was saved; the same command begins anew" in capsys.readouterr().err
+    for what in (loop.Step, command.Step):
+        with monkeypatch.context() as patch:
+            patch.setattr(what, "__call__" if what is loop.Step else "__init__", impatient)
+            assert jobs.run(tmp_path, "model=deq").exit_code == 130
+        assert "interrupted before anything was saved; the same command begins anew" in capsys.readouterr().err
+    with ctrl_c(5):
+        jobs.run(tmp_path, "model=deq")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Fit, "resume", impatient)
+        assert jobs.run(tmp_path, "model=deq").exit_code == 130
+    assert "interrupted at step 5 and saved; the same command continues it" in capsys.readouterr().err
 
 
 def test_sigkill_mid_run_then_the_same_command(tmp_path, undisturbed):

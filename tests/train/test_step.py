@@ -204,3 +204,19 @@ def test_a_backward_that_did_not_converge_is_told(make):
         task, out = step(x, y)
         tally.add(task, y, out, step.start_calls)
         assert tally.means()["backward_converged"] == share
+
+
+def test_a_skipped_step_leaves_no_statistics_behind(make):
+    """Whose numbers are finite, but not its gradient."""
+    x, y = batch()
+    step = make("model=deq", "init=data_mean", "recipe.on_nonfinite=skip_step", "stop.max_steps=5")
+    step(x, y)
+    before = {name: buffer.clone() for name, buffer in step.model.named_buffers()}
+    head = next(step.model.head.parameters())
+    hook = head.register_hook(lambda g: g * torch.nan)
+    step(x + 1, y)
+    assert step.nonfinite == 1
+    assert all(torch.equal(buffer, before[name]) for name, buffer in step.model.named_buffers())
+    hook.remove()
+    step(x + 1, y)
+    assert not all(torch.equal(buffer, before[name]) for name, buffer in step.model.named_buffers())
