@@ -57,14 +57,14 @@ class Line:
         return [Trained(run) for run in self.runs.values()]
 
     @property
-    def shy(self) -> dict[str, float]:
-        """The shares of solves that converged in the last epochs of the trainings and on their test images, where they
-        are too few, of the seed with the fewest."""
+    def shy(self) -> dict[str, list[float]]:
+        """The shares of solves that converged in the last epochs of trainings and on their test images, of the seeds
+        where they are too few."""
         found = {where: [share for run in self.runs.values() if (share := value_at(run.record, path)) is not None]
                  for where, path in (("in training", ("solve", "converged_fraction")),
                                      ("at test", ("solve", "test", "converged_fraction")))}  # fmt: skip
-        least = {where: min(shares) for where, shares in found.items() if shares}
-        return {where: share for where, share in least.items() if share < CONVERGED_ENOUGH}
+        few = {where: [share for share in shares if share < CONVERGED_ENOUGH] for where, shares in found.items()}
+        return {where: shares for where, shares in few.items() if shares}
 
     @property
     def n(self) -> str:

@@ -143,7 +143,8 @@ def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Ma
 
 def _shy(line: cells.Line, columns: Sequence[str]) -> list[str]:
     """What of a row did not converge."""
-    found = [f"{where} {share:.0%}" for where, share in line.shy.items()]
+    found = [f"{where} {' and '.join(f'{share:.0%}' for share in shares)} of {count(len(line.runs), 'seed')}"
+             for where, shares in line.shy.items()]  # fmt: skip
     if line.timed and line.timed.shy and any(COLUMNS[c].timed for c in columns):
         found.append(f"when timed to a residual of {number(line.timed.row['solve']['residual'], 2)}")
     return found
