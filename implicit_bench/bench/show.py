@@ -79,9 +79,9 @@ def show(rows: Sequence[Row], stages: Sequence[Stage], failed: Mapping[str, str]
 
 
 def beside(stage: Stage, c: Comparison) -> str:
-    """What has to stand beside a time: the accuracy there, and when; in the order of the sentence."""
-    rows = (c.faster, c.slower) if c.ratio.verdict in ("faster", "slower") else (c.slower, c.faster)
-    known = [f.val_acc for f in rows if f.val_acc is not None]
+    """What has to stand beside a time: the accuracy there, and when."""
+    acc = {f.label: f.val_acc for f in (c.faster, c.slower)}
+    known = [acc[label] for label in line(c).order if acc[label] is not None]
     accuracy = f"; validation accuracy {' against '.join(map(share, known))}" if len(known) == 2 else ""
     return accuracy + ("" if stage.at is None else f", step {stage.at:,}")
 

@@ -159,8 +159,7 @@ def _headline(rec: Mapping[str, Any], lines: Sequence[ratios.Line]) -> str:
     times = [each for each in fine if each.measure in MEASURES]
     best = min(times, key=lambda each: (each.low is None, each.value is None, -MEASURES.index(each.measure)))
     acc = {f["label"]: share(f["metrics"]["test_acc"]) for f in rec["rows"]}
-    a, b = (best.faster, best.slower) if best.verdict in ("faster", "slower") else (best.slower, best.faster)
-    return f"{ratios.sentence(best)}; test accuracy {acc[a]} against {acc[b]}"
+    return f"{ratios.sentence(best)}; test accuracy {' against '.join(acc[label] for label in best.order)}"
 
 
 def _keep(rec: dict[str, Any], lines: Sequence[ratios.Line], table: tuple[list[str], list[list[str]]], folder: Path,

@@ -44,6 +44,12 @@ class Line(NamedTuple):
     caveats: Sequence[str] = ()
 
     @property
+    def order(self) -> tuple[str, str]:
+        """The rows as its sentence names them."""
+        told = self.faster, self.slower
+        return told if self.verdict in ("faster", "slower") else told[::-1]
+
+    @property
     def title(self) -> str:
         return f"{self.id} {self.slower} / {self.faster}, {self.measure}".removeprefix("– ")
 

@@ -218,9 +218,11 @@ def _counts(told: dict[int, dict[str, Any]]) -> Counter[str]:
 
 def shared(jobs: Sequence[Any], hydras: Sequence[str], search: Sequence[str]) -> None:
     """Give composed jobs the threads that they will have under the launcher that these words of Hydra's name."""
+    if not hydras:
+        return
     from ..config import launcher
 
-    share = share_of_cores(launcher(hydras, search)) if hydras else None
+    share = share_of_cores(launcher(hydras, search))
     for job in jobs:
         job.config["gpu"]["threads"] = job.config["gpu"]["threads"] or share
 

@@ -22,7 +22,7 @@ from ..plan import plan_training
 from ..schema import UsageError, files, nearest
 from ..sweep.board import shared
 from ..terminal import say
-from ..words import Words, of_hydra, split
+from ..words import Words, as_meant, of_hydra, split
 from . import cells, verdicts
 from .columns import COLUMNS
 from .grid import SUFFIXES, Grid, of_bars, of_board, of_cells, of_claims
@@ -262,8 +262,8 @@ def time_missing(table: Table, jobs: cells.Jobs, dirs: Sequence[Path],
     if todo(table, jobs, [*dirs, runs]):
         say("note", "no times yet: another process is at some of the trainings", err=True)
         return 0
-    chosen = ",".join(f"'{label}'" for label in [beside, *(label for label in untimed if label != beside)])
-    asked = [f"table={table.name}", f"rows=[{chosen}]", f"time={left or 600:.0f}s", *words.overrides]
+    chosen = as_meant(f"rows={','.join([beside, *(label for label in untimed if label != beside)])}")
+    asked = [f"table={table.name}", chosen, f"time={left or 600:.0f}s", *words.overrides]
     found = papers.rows(asked, words.search)
     assert found is not None
     rows = config.compose_all("bench", [*found[1].values()], words.search)
