@@ -113,6 +113,7 @@ examples
 keys (default): rounds (60) or time=20s|5m|1h · at (null) · peers ([]): torchdeq,torchdiffeq · memory (true) ·
   recipe.batch (32), where a table says none · table=NAME of `list tables` · rows=A,B, without which a table leaves
   some out; rows=all · and every key of train
+prints  format=text|md|json|csv; json and csv have values, csv a line a figure
 leaves  runs/bench-DATASET-ID/   record.json, table.md, speedup.svg, wandb/ ; each call is a new attempt
 """,
     "compare": f"""{PROG} compare: ratios between trainings, from their records
@@ -130,7 +131,7 @@ model's, a run's id, or key=value; a FILTER is one of `runs`: where a name could
 A sweep `train -m model=A,B ...` ends with this: base neural_ode if it is there, else the first model.
 
 keys (default): records=DIR,... (runs) where to look, such as runs,results · paths.runs (runs) · plan=true which runs
-  these are · logger=wandb|none (as the base's runs) · format=text|md|csv|json (text)
+  these are · logger=wandb|none (as the base's runs) · format=text|md|json|csv (text; csv: a line a figure)
 leaves  runs/compare-DATASET-ID/   record.json, table.md, speedup.svg, wandb/ ; other figures are a new attempt
 
 examples

@@ -1,5 +1,6 @@
 """The command line: help that is true, exit codes, sweeps, signals, what goes to stdout, what is left on disk."""
 
+import csv
 import io
 import json
 import logging
@@ -507,9 +508,16 @@ def test_the_figures_of_a_bench_in_every_format_and_width(tmp_path, capsys, monk
     assert found["ratios"][0]["id"] == "R1"
     assert main([*words, "format=csv", "-q"]) == 0
     out, err = capsys.readouterr()
-    rows, ratios = out.split("\n\n")
-    assert rows.splitlines()[0].startswith("model,params,train ms,")
-    assert ratios.splitlines()[0] == "id,pair,measure,ratio,95 %,verdict,paper,caveat"
+    told = {(line["row"], line["over"], line["measure"]): line for line in csv.DictReader(io.StringIO(out))}
+    train = {label: told[label, "", "timing.train_ms"] for label in ("neural_ode", "cdeq")}
+    for row in found["rows"]:
+        line = train[row["label"]]
+        assert float(told[row["label"], "", "params"]["value"]) == row["params"]
+        assert float(line["low"]) <= float(line["value"]) <= float(line["high"])
+        assert line["n"] == "2"
+    ratio = told["neural_ode", "cdeq", "train"]
+    assert [ratio[key] for key in ("n", "verdict", "paper")] == ["2", "too few rounds", "2.14–4.10×"]
+    assert 0 < float(ratio["value"]) < 1000
     assert err == ""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")

@@ -4,7 +4,9 @@ Records are written here; only the sweeps train.
 """
 
 import copy
+import csv
 import functools
+import io
 import json
 import math
 import re
@@ -107,6 +109,12 @@ def test_the_three_are_kept_apart(here, capsys):
         put(here, "neural_ode", seed, step_ms=30 * factor, epoch_s=6.0)
         put(here, "cdeq", seed, step_ms=10.0, epoch_s=4.0, accuracy=(0.95, 0.95, 0.95, 0.95))
     ratios, rows = found(capsys)
+    assert main([*PAIR, "format=csv"]) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    told = {(line["row"], line["over"], line["measure"]): line for line in lines}
+    assert len(told) == len(lines)  # one line a figure
+    assert float(told["neural_ode", "cdeq", "step"]["value"]) == ratios["cdeq", "step"]["value"]
+    assert float(told["cdeq", "", "timing.step_ms"]["value"]) == rows["cdeq"]["timing"]["step_ms"]
     assert ratios["cdeq", "step"]["value"] == pytest.approx(3 * math.sqrt(2))
     assert ratios["cdeq", "step"]["seeds"] == pytest.approx({"0": 3.0, "1": 6.0})
     assert ratios["cdeq", "epochs"]["value"] == pytest.approx(24 / 16)  # less the cold second

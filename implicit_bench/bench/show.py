@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import clock, record, terminal
+from .. import clock
 from ..report import plots, ratios, tables
 from ..terminal import count, duration, number, say, share
 from .ratios import Comparison, Figures, Stage
@@ -50,12 +49,11 @@ def show(rows: Sequence[Row], stages: Sequence[Stage], failed: Mapping[str, str]
     head = circumstances(rows[0], stages, rec)
     for label, text in head:
         say(label, text)
-    if terminal.format == "json":  # numbers, not what is written for a reader
-        print(json.dumps(record.plain({"rows": rec["rows"], "ratios": rec["ratios"]}), indent=1))
+    read = not ratios.for_program(rec)
     markdown = []
     for stage in stages:
-        markdown += _stage(stage, rows[0].recipe.batch, failed)
-    if not stages and terminal.format != "json":
+        markdown += _stage(stage, rows[0].recipe.batch, failed, read)
+    if not stages and read:
         tables.show(COLUMNS, _failures(failed))
     say("", "×floor: a step's time over (calls of f and VJPs × the price of one alone) · capped: solves not converged")
     for label, error in failed.items():
@@ -114,12 +112,12 @@ def _failures(failed: Mapping[str, str]) -> list[list[str]]:
     return [[label, *["failed"] * (len(COLUMNS) - 1)] for label in failed]
 
 
-def _stage(stage: Stage, batch: int, failed: Mapping[str, str]) -> list[str]:
-    """Print the rows and ratios at one point of training; returns them as Markdown."""
+def _stage(stage: Stage, batch: int, failed: Mapping[str, str], read: bool) -> list[str]:
+    """Print the rows and ratios at one point of training, if by somebody they are `read`; returns them as Markdown."""
     rows = [*(cells(f) for f in stage.figures), *_failures(failed)]
     lines = [ratios.cells(line(c)) for c in stage.found]
     point = f"batch {batch}, n = {stage.rounds}{_point(stage)}"
-    if terminal.format != "json":
+    if read:
         if stage.at is not None:
             say("step", f"{stage.at:,}")
         tables.show(COLUMNS, rows, spare=SPARE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,9 +139,7 @@ def _print(rows: Sequence[Row], pairs: Sequence[Pair], rec: Mapping[str, Any], l
         for each, other in ((pair.base, pair.other), (pair.other, pair.base)):
             if lone := sorted(each.runs.keys() - other.runs.keys()):
                 say("left", f"seed {', '.join(map(str, lone))} of {each.label}, which {other.label} has not")
-    if terminal.format == "json":
-        print(json.dumps(record.plain({key: rec[key] for key in ("rows", "ratios")}), indent=1))
-    else:
+    if not ratios.for_program(rec):
         tables.show(*table, spare=["nfe f/b", "epochs", "test acc"])
         say("", "train s: whole epochs, without validation and the cold first step · target: "
             f"{SHARE:.0%} of {base.label}'s last validation accuracy, lower medians of {WINDOW} epochs")  # fmt: skip

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from .. import terminal
+from .. import record, terminal
 from . import plots, tables
 
+LONG = ["at", "row", "over", "measure", "value", "low", "high", "n", "verdict", "paper", "caveats"]
 COLUMNS = ["id", "pair", "measure", "ratio", "95 %", "verdict", "paper", "caveat"]
 VERBS = {"train": "trains", "backward": "runs its backward", "predict": "predicts", "step": "takes a training step",
          "epochs": "trains as many epochs", "accuracy": "reaches the same accuracy", "nfe": "needs", "memory": "takes",
@@ -123,10 +125,43 @@ def sentence(line: Line) -> str:
             f"{line.slower} here{beside}")  # fmt: skip
 
 
+def for_program(rec: Mapping[str, Any]) -> bool:
+    """Where json or csv was asked for, print the record's rows and ratios as values, and say so.
+
+    csv is one table, a line a figure: of a row alone under the record's name of it (timing.train_ms: median, p10, p90
+    as value, low, high), or of `row` `over` another with its 95 % interval; `at`: the step of training.
+    """
+    found = record.plain({"rows": rec["rows"], "ratios": rec["ratios"]})
+    if terminal.format == "json":
+        print(json.dumps(found, indent=1))
+    if terminal.format == "csv":
+        tables.show(LONG, [*(line for row in found["rows"] for line in _figures(row)), *map(_ratio, found["ratios"])])
+    return terminal.format in ("json", "csv")
+
+
+def _figures(row: Mapping[str, Any]) -> Iterator[list[Any]]:
+    found = record.flat(row)
+    for name, value in found.items():
+        stem, _, last = name.rpartition(".")
+        if last == "median":
+            name, spread = stem, [found[f"{stem}.{k}"] for k in ("median", "p10", "p90", "n")]
+        elif last in ("p10", "p90", "n") or name == "at" or not isinstance(value, (int, float)):
+            continue
+        else:
+            spread = [value, None, None, None]
+        yield [row.get("at"), row["label"], None, name, *spread, None, None, None]
+
+
+def _ratio(found: Mapping[str, Any]) -> list[Any]:
+    told = (found.get(key) for key in ("value", "low", "high", "n", "verdict", "paper"))
+    return [found.get("at"), *(found[key] for key in ("numerator", "denominator", "measure")), *told,
+            "; ".join(found["caveats"])]  # fmt: skip
+
+
 def show(rows: Sequence[Sequence[str]], how: str) -> None:
     """Print `cells` of ratios; `how` heads their pairs. On a terminal too narrow for whole lines the paper's figure and
     the caveat stand below the rest."""
-    if terminal.format != "text":
+    if terminal.format == "md":
         print()
         tables.show(COLUMNS, rows)
         return
