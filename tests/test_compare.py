@@ -104,6 +104,14 @@ def test_a_ratio_is_the_geometric_mean_with_students_interval_of_its_logarithm()
     assert ratio([(3.0, 2.0)]) == {"value": pytest.approx(1.5), "verdict": "one seed"}
 
 
+def test_a_training_of_other_numerics_is_trained_again_first(here, capsys):
+    put(here, "neural_ode")
+    put(here, "cdeq", run_id="0123456789")
+    said = refused(capsys)
+    assert re.search(r"^cdeq-digits-s0-\w+ was trained by a version .* that of neural_ode-digits-s0-\w+;", said)
+    assert said.endswith("train it again: implicit-bench train model=cdeq seed=0 gpu.threads=1")
+
+
 def test_the_three_are_kept_apart(here, capsys):
     for seed, factor in ((0, 1.0), (1, 2.0)):
         put(here, "neural_ode", seed, step_ms=30 * factor, epoch_s=6.0)

@@ -150,6 +150,11 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
                 key, again = key[12:], spelled.train([r.record for r in everything], "force=true")
             raise UsageError(f"{key} is {a} in {first.name} and {b} in {run.name}, so their times cannot be compared; "
                              f"time both alike: {again}")  # fmt: skip
+    now = [run for run in everything if record.run_id(run.record["config"]) == run.record["run_id"]]
+    if old := [run for run in everything if now and run not in now]:
+        again = spelled.train([run.record for run in old])
+        raise UsageError(f"{old[0].name} was trained by a version of implicit-bench that computes other numbers than "
+                         f"that of {now[0].name}; train it again: {again}")  # fmt: skip
     if busy := [run for run in everything if run.record["environment"]["alone"] is not True]:
         known = all(run.record["environment"]["alone"] is False for run in busy)
         names = ", ".join(run.name for run in busy[:3]) + (f" and {len(busy) - 3} more" if len(busy) > 3 else "")
