@@ -86,6 +86,17 @@ def test_what_differs_from_the_records_is_told(monkeypatch, capsys, tmp_path):
     assert "not testable here" in (tmp_path / "README.md").read_text()
 
 
+def test_a_figure_is_the_same_on_another_processor_and_another_figure_is_not():
+    alike = module_of("results").alike
+    svg = b'<?xml?><g id="pc86f3cbe66"><path d="M 154.666803 -2 L 3 4" style="fill: #c44e52"/></g>'
+    assert alike(svg, svg.replace(b"154.666803", b"154.666802").replace(b"pc86f3cbe66", b"pa5e8ce5db0"))
+    for old, new in ((b"154.666803", b"154.67"), (b"-2", b"2"), (b"L 3 4", b"L 3"), (b"#c44e52", b"#c44e53")):
+        assert not alike(svg, svg.replace(old, new)), new
+    assert not alike(svg, None)
+    assert alike(None, None)
+    assert not alike(b"| 1.50 |", b"| 1.5000001 |")  # text is bytes
+
+
 def test_a_benchs_ratios_are_made_anew_from_its_rounds(tmp_path):
     results = module_of("results")
     rounds = [{"step": k, "at": 5, "a": {"train": 3.0 + k % 2, "nfe": 4.0}, "b": {"train": 2.0, "nfe": 2.0}}

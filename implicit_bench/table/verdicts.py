@@ -93,7 +93,7 @@ class Found(NamedTuple):
 
     @property
     def where(self) -> str:
-        return self.table + (f" at {self.at:,}" if self.at is not None else "") + self.but
+        return self.table + (f" at step {self.at:,}" if self.at is not None else "") + self.but
 
 
 def fitting(search: Sequence[str]) -> Fits:
@@ -135,7 +135,9 @@ def brief(found: Sequence[Found], whole: bool = True) -> list[str]:
     said = []
     for (pair, measure), (settled, others) in lines.items():
         if whole or measure == "logits":  # which are no multiples
-            parts = [f"{f.interval} on {f.where} ({f.run.record['run_id']})" for f in settled]
+            places = dict.fromkeys(f.where for f in settled)
+            parts = [", ".join(f"{f.interval} ({f.run.record['run_id']})" for f in settled if f.where == where)
+                     + f" on {where}" for where in places]  # fmt: skip
         else:
             parts = [_span(settled)] if settled else []
         if others:
