@@ -59,6 +59,7 @@ CLAIMS = (
     Claim("H5", "anode frozen", "homo_ode zero rk4", "logits"),
     Claim("–", "cdeq", "explicit", "train"),  # the price of being implicit
 )
+OF_TESTS = ("errors", "spread")  # measures of whole trainings, which are `compare`'s
 FREE = ("R1", "R2", "R3", "R4", "R5", "R6", "R9")  # those asked of a free list of models
 
 

@@ -16,7 +16,7 @@ from ..papers import Table
 from ..record import CONVERGED_ENOUGH
 from ..report.ratios import NOT_CONVERGED, too_wide, verdict
 from ..terminal import number
-from .claims import asked
+from .claims import OF_TESTS, asked
 
 EQUAL = 1e-4  # of the largest logit, in float32
 
@@ -47,7 +47,6 @@ class Figures:
     memory: Mapping[str, Sequence[float]] = field(default_factory=dict)  # readings of train and predict, MiB
     flops: float | None = None  # of a training step
     val_acc: float | None = None
-    val_n: int = 0  # the images that val_acc is of
     peer_of: str = ""  # the label of our row that this one of another library is beside
     own_ms: float | None = None  # of a step: the solvers' own arithmetic, beside f and VJPs
     logits: Tensor | None = None  # (B, classes) of a batch at the initial weights
@@ -169,9 +168,10 @@ def comparisons(rows: Sequence[Figures], table: Table | None = None) -> list[Com
     other libraries over ours."""
     peers, rows = [row for row in rows if row.peer_of], [row for row in rows if not row.peer_of]
     by_name = {row.name: row for row in rows}
-    found = [_compare(c.id, by_name[c.slower], by_name[c.faster], c.measure, c.paper(table)) for c in asked(table)
-             if len(by_name) == len(rows) and c.slower in by_name and c.faster in by_name]  # fmt: skip
-    found = [c for c in found if c.measure not in ("errors", "logits") or c.ratio.value == c.ratio.value]
+    timed = [c for c in asked(table) if c.measure not in OF_TESTS and len(by_name) == len(rows)]
+    found = [_compare(c.id, by_name[c.slower], by_name[c.faster], c.measure, c.paper(table)) for c in timed
+             if c.slower in by_name and c.faster in by_name]  # fmt: skip
+    found = [c for c in found if c.measure != "logits" or c.ratio.value == c.ratio.value]
     told = {row.label for c in found for row in (c.slower, c.faster)}
     found += [_compare("–", rows[0], row, "train", "") for row in rows[1:] if row.label not in told and not table]
     by_label = {row.label: row for row in rows}
@@ -180,7 +180,7 @@ def comparisons(rows: Sequence[Figures], table: Table | None = None) -> list[Com
 
 
 def _compare(id: str, a: Figures, b: Figures, measure: str, paper: str) -> Comparison:
-    special = {"memory": _memory, "errors": _errors, "logits": _logits}.get(measure)
+    special = {"memory": _memory, "logits": _logits}.get(measure)
     found = special(a, b) if special else clock.ratio(a.times[measure], b.times[measure])
     return Comparison(id, a, b, measure, paper, found)
 
@@ -197,19 +197,6 @@ def _memory(a: Figures, b: Figures) -> Ratio:
         return _single(math.nan, "")
     low, high = min(x) / max(y), max(x) / min(y)
     return Ratio(median(x) / median(y), low, high, min(len(x), len(y)), verdict(low, high))
-
-
-def _errors(a: Figures, b: Figures) -> Ratio:
-    """Of validation error rates at one training each; the interval of two independent binomials, though the images are
-    the same: too wide, if anything."""
-    wrong = [(1 - row.val_acc) * row.val_n if row.val_acc is not None else 0.0 for row in (a, b)]
-    if not all(wrong):
-        return _single(math.nan, "")
-    rates = [k / row.val_n for k, row in zip(wrong, (a, b))]
-    half = 1.96 * math.sqrt(sum((1 - rate) / k for k, rate in zip(wrong, rates)))
-    value = rates[0] / rates[1]
-    low, high = value * math.exp(-half), value * math.exp(half)
-    return Ratio(value, low, high, a.val_n, verdict(low, high))
 
 
 def _logits(a: Figures, b: Figures) -> Ratio:

@@ -38,8 +38,7 @@ class Row:
         self.tally = Tally()
         self.batches = 0
         self.warm: clock.WarmUp | None = None
-        self.val_acc: float | None = None  # at the weights that it stands at, of so many images
-        self.val_n = 0
+        self.val_acc: float | None = None  # at the weights that it stands at
         self.logits: torch.Tensor | None = None  # of the first batch at the initial weights
         self.peer_of = ""  # the row that another library's is beside
         self.initial = self.state()
@@ -55,7 +54,7 @@ class Row:
         residual = isinstance(self.model.layer.stop, Residual)
         return Figures(self.label, self.job.label or self.name, self.name, times, self.tally.means(), price,
                        self.parameters, self.job.config["solver"], type(self.model.layer.adjoint).__name__.lower(),
-                       residual, memory, self.flops(), self.val_acc, self.val_n, self.peer_of, own_ms,
+                       residual, memory, self.flops(), self.val_acc, self.peer_of, own_ms,
                        self.logits)  # fmt: skip
 
     def flops(self) -> int:

@@ -84,7 +84,7 @@ def trained(row: Row, at: Sequence[int]) -> None:
             fit.run(lambda line: None, until=k)
             val = row.data.val.first(SEEN)
             seen = evaluate(row.model, row.data, val, row.recipe.eval_batch, row.device) if len(val) else {"acc": None}
-            checkpoint.write(kept(row, k), {**row.state(), "val_acc": seen["acc"], "val_n": len(val)})
+            checkpoint.write(kept(row, k), {**row.state(), "val_acc": seen["acc"]})
 
 
 def put(row: Row, k: int | None, of: Row) -> None:
@@ -93,7 +93,6 @@ def put(row: Row, k: int | None, of: Row) -> None:
     row.still = torch.load(path, map_location=row.device.torch, weights_only=True) if path else of.initial
     if run := row.still.get("progress"):  # a checkpoint of `train`
         row.val_acc = run["last"].get("metrics.val_acc")
-        row.val_n = len(row.data.val.first(row.recipe.eval_images))
     else:
-        row.val_acc, row.val_n = row.still.get("val_acc"), row.still.get("val_n", 0)
+        row.val_acc = row.still.get("val_acc")
     row.put(row.still)

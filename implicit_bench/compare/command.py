@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import log, mirror, record, runs, terminal
+from ..bench.claims import OF_TESTS
 from ..lock import RunLock
 from ..record import RecordError
 from ..report import plots, ratios, tables
@@ -15,7 +16,7 @@ from ..sync import replay
 from ..terminal import number, say, share
 from ..words import plain
 from . import spelled
-from .figures import CUT, MEASURES, OF_TESTS, SHARE, WINDOW, Pair, line, of_row
+from .figures import CUT, MEASURES, SHARE, WINDOW, Pair, line, of_row
 from .rows import Row, Run, find, refuse_unlike, row
 
 COLUMNS = ["model", "seeds", "val acc", "test acc", "step ms", "nfe f/b", "epochs", "train s", "s to target"]

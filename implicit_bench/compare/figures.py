@@ -9,14 +9,13 @@ from functools import cached_property
 from statistics import fmean, geometric_mean, median_low, stdev
 from typing import Any
 
-from ..bench.claims import CLAIMS, Claim
+from ..bench.claims import CLAIMS, OF_TESTS, Claim
 from ..jsonl import read_jsonl
 from ..record import CONVERGED_ENOUGH
 from ..report.ratios import NOT_CONVERGED, Line, too_wide, verdict
 from .rows import Row, Run
 
 MEASURES = ("step", "epochs", "accuracy")
-OF_TESTS = ("errors", "spread")  # measures of test accuracy, for pairs that a claim is about
 CUT = "not the experiment's own recipe and data"  # a caveat of these
 WINDOW, SHARE = 3, 0.99  # epochs that are smoothed over; of the base's final accuracy, what the others have to reach
 

@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from .. import config, papers, record
-from ..compare.figures import CUT, OF_TESTS
+from ..bench.claims import OF_TESTS
+from ..compare.figures import CUT
 from ..compare.rows import Run
 from ..report.ratios import NOT_CONVERGED, WIDE, stuck
 from ..schema import files
