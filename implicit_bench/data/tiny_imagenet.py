@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -21,6 +20,7 @@ from . import sources
 from .download import download
 from .files import command_for
 from .images import Dataset
+from .mapped import mapped
 from .readers import DataCorrupt, DataMissing, Raw, open_rgb
 from .workers import made
 
@@ -33,7 +33,7 @@ class TinyImageNet(Dataset):
     """Tiny ImageNet from tiny-imagenet-200/, the official zip unpacked; classes in the order of its wnids.txt.
 
     The official test images have no labels, so that the official validation images are the test split. Decoded images
-    are kept beside the folder as one .npy file, named by a hash over the names, sizes and times of all the JPEGs.
+    are kept in .mapped/ beside the folder, named by a hash over the names, sizes and times of all the JPEGs.
     """
 
     shape, classes = (3, 64, 64), 200
@@ -43,7 +43,7 @@ class TinyImageNet(Dataset):
 
     def read(self, root: Path) -> Raw:
         paths, y = self._files(root)
-        x = torch.from_numpy(self._decoded(root, paths))
+        x = self._decoded(root, paths)
         n = self.n_train
         return Raw(x[:n], y[:n], x[n:], y[n:])
 
@@ -91,10 +91,8 @@ class TinyImageNet(Dataset):
         paths, labels = zip(*train, *test)
         return list(paths), torch.tensor(labels)
 
-    def _decoded(self, root: Path, paths: list[str]) -> Any:
-        """uint8 (N, C, H, W) of all files, from the cache if that was made of the very same ones."""
-        import numpy as np
-
+    def _decoded(self, root: Path, paths: list[str]) -> Tensor:
+        """uint8 (N, C, H, W) of all files, decoded once for all processes as long as they are the very same."""
         digest = hashlib.sha256()
         for path in paths:
             try:
@@ -102,16 +100,19 @@ class TinyImageNet(Dataset):
             except FileNotFoundError:
                 raise DataCorrupt(f"{path} is missing; delete {root / FOLDER} and fetch it again") from None
             digest.update(f"{path.removeprefix(str(root))} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-        cache = root / f"{FOLDER}-{digest.hexdigest()[:16]}.npy"
-        with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: no whole file
-            return np.load(cache)
-        images = np.empty((len(paths), *self.shape), np.uint8)
-        numbers = range(-(-len(paths) // CHUNK))
-        with closing(made(_Chunks(paths, self.shape), numbers, "auto")) as chunks:
-            for k, chunk in zip(numbers, chunks):
-                images[k * CHUNK : (k + 1) * CHUNK] = chunk.numpy()
-        with contextlib.suppress(OSError):  # a data root that cannot be written is decoded each time
-            _keep(cache, images)
+        kept = root / ".mapped" / f"{FOLDER}-{digest.hexdigest()[:16]}.pt"
+
+        def make() -> tuple[list[Tensor], str]:
+            for old in kept.parent.glob(f"{FOLDER}-*.pt"):  # of other files
+                old.unlink()
+            images = torch.empty(len(paths), *self.shape, dtype=torch.uint8)
+            numbers = range(-(-len(paths) // CHUNK))
+            with closing(made(_Chunks(paths, self.shape), numbers, "auto")) as chunks:
+                for k, chunk in zip(numbers, chunks):
+                    images[k * CHUNK : (k + 1) * CHUNK] = chunk
+            return [images], ""
+
+        [[images], _] = mapped(kept, make)
         return images
 
 
@@ -133,22 +134,6 @@ class _Chunks:
                 raise DataCorrupt(f"{path} has {picture.width} x {picture.height} pixels, not {width} x {height}")
             image.copy_(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
         return images
-
-
-def _keep(cache: Path, images: Any) -> None:
-    """Write the cache whole or not at all, in the place of those of other files."""
-    import numpy as np
-
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, images)
-        for old in cache.parent.glob(f"{FOLDER}-*.npy"):
-            old.unlink()
-        os.replace(temporary, cache)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def unzip(archive: Path, work: Path) -> None:
