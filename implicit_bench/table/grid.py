@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from ..terminal import count, number
 from . import cells, verdicts
 from .columns import COLUMNS, exactly, measured, published, spelled
 
+TIMED_BY = {"R": "cdeq_mnist", "H": "homo_ode"}  # the table whose bench is the cheapest for a paper's claims
 SUFFIXES = {"text": "txt", "md": "md", "csv": "csv", "tex": "tex", "json": "json"}
 
 
@@ -99,7 +101,7 @@ def of_cells(table: Table, jobs: cells.Jobs, everything: Sequence[Run], protocol
     if missing:
         notes.append(f"not done: {count(sum(map(len, missing.values())), 'training')}; {fill} runs them")
     return Grid(table.title, heads, rows, plain_heads, plain, notes, used, lines=lines,
-                spare=[*reversed(groups[2:]), *groups[:1]])  # fmt: skip
+                spare=[*groups[:1], *reversed(groups[2:])])  # fmt: skip
 
 
 def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Mapping[str, str],
@@ -143,15 +145,20 @@ def _notes(table: Table, lines: Sequence[cells.Line], protocol: str, letters: Ma
 
 def _shy(line: cells.Line, columns: Sequence[str]) -> list[str]:
     """What of a row did not converge."""
-    found = [f"{where} {' and '.join(f'{share:.0%}' for share in shares)} of {count(len(line.runs), 'seed')}"
+    found = [f"{where} with {len(shares)} of {count(len(line.runs), 'seed')} ({', '.join(map(_percent, shares))})"
              for where, shares in line.shy.items()]  # fmt: skip
     if line.timed and line.timed.shy and any(COLUMNS[c].timed for c in columns):
         found.append(f"when timed to a residual of {number(line.timed.row['solve']['residual'], 2)}")
     return found
 
 
+def _percent(share: float) -> str:
+    """To a tenth where it would be rounded up to what is enough."""
+    return f"{share:.0%}" if round(share, 2) < CONVERGED_ENOUGH else f"{math.floor(share * 1e3) / 10:.1f}%"
+
+
 def of_claims(table: Table, everything: Sequence[Run], fits: verdicts.Fits) -> Grid:
-    """Each sentence of the papers' abstracts, what was measured under each protocol, and a word."""
+    """Each sentence of the papers' abstracts and headlines, what was measured under each protocol, and a word."""
     rows, plain, blocks, folds = [], [], [], []
     used: dict[tuple[str, str], Run] = {}
     for claim in table.lines:
@@ -159,7 +166,7 @@ def of_claims(table: Table, everything: Sequence[Run], fits: verdicts.Fits) -> G
                  for p in ("sound", "faithful")}  # fmt: skip
         word, because = verdicts.verdict(claim, found["sound"])
         why = [claim["note"]] if "note" in claim else []
-        why += [] if any(found.values()) else [claim.get("why", "not run")]
+        why += [] if any(found.values()) else [claim.get("why") or _unmeasured(claim)]
         here, theirs = verdicts.brief(found["sound"]), verdicts.brief(found["faithful"], whole=False)
         verdict, published = f"{word} {because}".strip(), str(claim.get("paper", ""))
         rows.append([claim["id"], claim["says"], published, verdict, "<br>".join([*here, *why]), "<br>".join(theirs)])
@@ -187,6 +194,12 @@ def of_claims(table: Table, everything: Sequence[Run], fits: verdicts.Fits) -> G
     plain_heads = ["id", "claim", "paper", "verdict", "protocol", "table", "at", "hardware", "numerator", "denominator",
                    "measure", "value", "low", "high", "n", "caveats", "record"]  # fmt: skip
     return Grid(table.title, heads, rows, plain_heads, plain, notes, used, blocks, folds)
+
+
+def _unmeasured(claim: Mapping[str, Any]) -> str:
+    """How to measure what there is no record of."""
+    names = claim.get("tables") or [TIMED_BY[claim["id"][0]]]
+    return f"not run; implicit-bench bench table={names[0]} measures it" if claim.get("ratios") else "not run"
 
 
 def _measured_on(used: Mapping[tuple[str, str], Run]) -> list[str]:

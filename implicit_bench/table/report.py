@@ -86,7 +86,9 @@ def _page(everything: Sequence[Run], dirs: Sequence[Path], search: tuple[str, ..
 
     source = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    terminal.progress("report", f"the tables and claims of {len(everything):,} records")
     found = measured(everything, search)
+    terminal.progress("report", "the figures, the longest part")
     drawn = [s for s in sections(everything, found, figures) if s.figures]
     claims = next(m.grid for m in found if m.table.name == "claims")
     shown = [m for m in found if m.table.kind != "claims" and (m.grid.used or m.table.kind != "cells")]
@@ -184,7 +186,7 @@ def _title(run: Run, at: int) -> str:
     rec = run.record
     what = _table(run) or run.name.split("-")[1]
     step = f", step {at:,}" if at else ""
-    return f"{what}, {rec['protocol']}, batch {_batch(run)}{step}, {rec['environment']['cpu']}"
+    return f"{what}, {rec['protocol']}, batch {_batch(run)}{step}, {cells.machine(rec)}"
 
 
 def _bars(run: Run, at: int) -> list[plots.Bar]:

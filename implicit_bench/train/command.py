@@ -268,7 +268,7 @@ def _closing(code: int, error: str | None, folder: Path, rec: dict[str, Any]) ->
         text = f"accuracy {share(metrics['test_acc'])} on {rec['data']['n_test']:,} unseen images"
         if (share_done := test["converged_fraction"]) is not None:
             text += f" · {share_done:.1%} of them converged · {test['nfe_sample']:.1f} evaluations a sample"
-        if within := metrics["test_acc_within"]:
+        if len(within := metrics["test_acc_within"]) > 1:
             parts = "   ".join(f"{k}: {share(v)}" for k, v in within.items())
             text += f"\nsteps allowed   {parts}   (0 = the head on the start z0 alone)"
         say("test", text)
