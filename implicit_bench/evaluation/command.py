@@ -39,6 +39,8 @@ def evaluate(job: config.Composed, search: Sequence[str] = ()) -> int:
         raise UsageError(f"eval.tolerances={wrong[0]} must lie in (0, 1), such as 1e-3")
     runs = Path(cfg["paths"]["runs"])
     run = Run(folder := record.find(runs, cfg["run"], "train"), record.read_record(folder))
+    if run.record["command"] != "train":
+        raise UsageError(f"{folder.name} is a {run.record['command']}'s; eval looks at trainings")
     recorded = run.config["gpu"]
     gpu = {**cfg["gpu"], "dtype": recorded["dtype"] if cfg["gpu"]["dtype"] == "float32" else cfg["gpu"]["dtype"]}
     device: Device = config.make(gpu, "gpu")
