@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from implicit_bench import load_run
+from implicit_bench import load_run, record
 from implicit_bench.adjoints import IFT
 from implicit_bench.cli import main
 from implicit_bench.core import Residual
@@ -219,3 +219,10 @@ def test_a_record_without_weights_and_one_that_wants_trust(trained, tmp_path):
         restore(empty, Device("cpu"))
     with pytest.raises(UsageError, match="is a bench, which leaves no weights"):
         restore(replace(run, record={**run.record, "command": "bench"}), Device("cpu"))
+
+
+def test_a_benchs_record_is_no_training(tmp_path, capsys):
+    rec = record.new_record("bench", {"rows": []}, status="done")
+    record.write_record(tmp_path / "bench-digits-0123456789", rec)
+    assert main(["eval", "run=bench-digits", f"paths.runs={tmp_path}"]) == 2
+    assert "bench-digits-0123456789 is a bench's; eval looks at trainings" in capsys.readouterr().err

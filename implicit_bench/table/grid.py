@@ -198,8 +198,10 @@ def of_claims(table: Table, everything: Sequence[Run], fits: verdicts.Fits) -> G
 
 def _unmeasured(claim: Mapping[str, Any]) -> str:
     """How to measure what there is no record of."""
-    names = claim.get("tables") or [TIMED_BY[claim["id"][0]]]
-    return f"not run; implicit-bench bench table={names[0]} measures it" if claim.get("ratios") else "not run"
+    if not claim.get("ratios"):
+        return "not run"
+    name = (claim.get("tables") or [TIMED_BY[claim["ratios"][0][0]]])[0]  # an id of ours
+    return f"not run; implicit-bench bench table={name} measures it"
 
 
 def _measured_on(used: Mapping[tuple[str, str], Run]) -> list[str]:
