@@ -56,7 +56,8 @@ def show(findings: Sequence[Finding]) -> None:
         tables.show(["what", "state", "found", "remedy"], [list(finding) for finding in findings])
         return
     for name, state, text, remedy in findings:
-        print(terminal.hanging(f" {MARKS[state]} {name:<12} ", text))
+        mark = "·" if state == "ok" and remedy else MARKS[state]
+        print(terminal.hanging(f" {mark} {name:<12} ", text))
         if remedy:
             print(terminal.hanging(f"{'':16}→ ", remedy))
 

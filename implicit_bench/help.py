@@ -136,7 +136,7 @@ leaves  runs/compare-DATASET-ID/   record.json, table.md, speedup.svg, wandb/ ; 
 
 examples
   {PROG} compare base=neural_ode against=cdeq,skip_cdeq
-  {PROG} compare base=cdeq against=deq dataset=mnist protocol=sound records=runs,results
+  {PROG} compare base=cdeq against=deq dataset=mnist protocol=sound records=runs,DIR
   {PROG} compare base=solver=tsit5 against=solver=vcab3 model=cdeq logger=none
 """,
     "table": f"""{PROG} table: the papers' tables, measured beside published, and what holds of their claims

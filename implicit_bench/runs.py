@@ -15,7 +15,7 @@ from . import lock, log, record, schema, terminal
 from .jsonl import read_jsonl
 from .record import METRICS, RecordError, flat
 from .report import tables
-from .schema import UsageError, nearest, no_key
+from .schema import UsageError, no_key
 from .terminal import count, number, say, share
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ class Run:
         """
         from .device import Device
 
-        gpu = self.config["gpu"]
-        return restore(self, Device("cpu", gpu["dtype"], channels_last=gpu["channels_last"]), self.trust)
+        gpu = self.config.get("gpu") or {}  # a bench's is its rows', and restore says what that lacks
+        return restore(self, Device("cpu", **{k: gpu[k] for k in ("dtype", "channels_last") if k in gpu}), self.trust)
 
 
 def load_run(name: str = "last", runs: str | Path = "runs", trust: Sequence[str] = ()) -> Run:
@@ -186,7 +186,7 @@ def check(words: Sequence[str], everything: Sequence[Found], more: Sequence[str]
     """Raises UsageError for a status that there is not, and a key that neither the records have nor `more` names."""
     for word in words:
         if word.startswith("status=") and (name := word.partition("=")[2]) not in STATES:
-            raise UsageError(f"no status {name!r}{nearest(name, STATES)}")
+            raise UsageError(f"no status {name!r}; there are: {', '.join(STATES)}")
     keys = {"status", *RECORDED, *more, *(k for _, rec, _ in everything for k in (*log.choices(rec.get("config", {})),
              *flat(rec.get("config", {}))))}  # fmt: skip
     for key in (word.partition("=")[0] for word in words if "=" in word):

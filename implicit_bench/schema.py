@@ -86,6 +86,8 @@ def no_key(key: str, known: Sequence[str]) -> str:
     head, dot, leaf = key.rpartition(".")
     beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == head]
     if dot and beside:
+        if key == "stop.tol" and "t1" in beside:
+            return f"no key {key!r} of an ODE that ends at stop.t1; its tolerance is solver.rtol"
         near = difflib.get_close_matches(leaf, beside, 1, 0.5)  # of what stands beside it: the head is right
         return f"no key {key!r}; " + (f"nearest: {head}.{near[0]}" if near else f"{head} has {', '.join(beside)}")
     ends = [k for k in known if k.endswith(f".{key}")]

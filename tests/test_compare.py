@@ -386,13 +386,20 @@ def test_the_bench_that_times_both_has_the_bases_settings_and_no_solver_of_one_a
     assert (a["recipe"]["clip"], a["recipe"]["optimizer"], a["adjoint"]["seminorm"]) == (1.5, "adamw", False)
 
 
-@pytest.mark.parametrize(("alone", "why"), [(False, "was not alone"), (None, "was not known to be alone")])
-def test_a_run_that_was_disturbed_is_refused_and_it_alone_trained_again(here, capsys, alone, why):
+def test_where_nobody_can_tell_the_load_it_stands_beside_the_times(here, capsys):
+    put(here, "neural_ode")
+    put(here, "cdeq", environment={"alone": None})
+    ratios, _ = found(capsys)
+    assert {r["measure"]: r["caveats"] for r in ratios.values()} == {
+        "step": ["load unknown"], "epochs": ["load unknown"], "accuracy": ["load unknown"]}  # fmt: skip
+
+
+def test_a_run_that_was_disturbed_is_refused_and_it_alone_trained_again(here, capsys):
     words = ("recipe.epochs=7", "solver=tsit5", "solver.rtol=0.005")
     put(here, "neural_ode", 0, *words)
-    path = put(here, "cdeq", 0, *words, environment={"alone": alone})
+    path = put(here, "cdeq", 0, *words, environment={"alone": False})
     said = refused(capsys)
-    assert said.startswith(f"{path.name} {why} on the machine (environment.alone)")
+    assert said.startswith(f"{path.name} was not alone on the machine (environment.alone)")
     ((_, [again]),) = composes(said)
     own = read_record(path)
     again["gpu"] = own["config"]["gpu"]  # as resolved here
@@ -419,7 +426,7 @@ def test_several_cells_of_a_model_are_never_chosen_between(here, capsys):
     put(here, "cdeq")
     put(here, "cdeq", 0, "solver=tsit5")
     put(here, "cdeq", 1, "recipe.lr=0.5", status="failed")  # of which nothing is done: nobody means it
-    said = "'cdeq' names trainings that differ in solver: tsit5, vcab3; say which, as solver=tsit5"
+    said = "'cdeq' names trainings that differ in solver (tsit5, vcab3); say which, as solver=tsit5"
     assert refused(capsys) == said
     ratios, _ = found(capsys, *PAIR, "solver=vcab3")
     assert ratios["cdeq", "step"]["caveats"] == []
@@ -444,7 +451,7 @@ def test_the_rest_is_one_sentence_too(here, capsys):
         "base=cdeq base=deq against=explicit": "base=cdeq and base=deq both say base; give one of them",
         "base=cdeq against=neural_ode,cdeq": "'cdeq' is named twice",
         "base=cdeq against=neural_ode bsae=x": "no key 'bsae'; nearest: base",
-        "base=cdeq against=neural_ode status=don": "no status 'don'; nearest: done",
+        "base=cdeq against=neural_ode status=don": "no status 'don'; there are: running, done",
         "base=cdeq against=neural_ode plan=maybe": "plan='maybe' is not possible",
         "base=cdeq against=neural_ode logger=wand": "logger='wand' is not possible; nearest: wandb",
         "base=cdeq against= logger=none": "against= wants one value or more",

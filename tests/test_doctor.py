@@ -318,7 +318,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     assert "paths.runs=DIR" in found["runs"].remedy
 
 
-def test_data_sets_that_are_there_and_how_to_fetch_the_others(tmp_path):
+def test_data_sets_that_are_there_and_how_to_fetch_the_others(tmp_path, capsys):
     folder = tmp_path / "data" / "MNIST" / "raw"
     folder.mkdir(parents=True)
     (folder / "train-labels-idx1-ubyte").write_bytes(b"x")
@@ -328,6 +328,9 @@ def test_data_sets_that_are_there_and_how_to_fetch_the_others(tmp_path):
     assert found["mnist"].text == "mnist incomplete"
     assert found["cifar10"].state == "ok"
     assert f"implicit-bench data dataset=cifar10 paths.data={tmp_path / 'data'}" in found["cifar10"].remedy
+    doctor.show([found[name] for name in ("digits", "mnist", "cifar10")])
+    marks = [line[1] for line in capsys.readouterr().out.splitlines() if "data set" in line]
+    assert marks == ["✓", "!", "·"]  # there, amiss, and what is neither
 
 
 KEY = "k" * 40

@@ -46,6 +46,10 @@ MISTAKES = {
     "train gpu=cuda:1": "no gpu 'cuda:1'; nearest: cuda",
     "train solver.rtol=1e-3": "no key 'solver.rtol'; solver has window, variant",
     "train network=dense network.channels=[1]": "no key 'network.channels'; network has hidden, untied",
+    "train model=neural_ode stop.tol=1e-3":
+        "no key 'stop.tol' of an ODE that ends at stop.t1; its tolerance is solver.rtol",
+    "train table=cdeq_mnist":
+        "table=cdeq_mnist is a training of each of the table's rows: write train -m table=cdeq_mnist",
     "train -m hydra/launcher=joblb": "no hydra/launcher 'joblb'; ",
     "train -m hydra/launcher=ray hydra.launcher.ray.init.adress=x":
         "no key 'hydra.launcher.ray.init.adress'; nearest: hydra.launcher.ray.init.address",
@@ -55,7 +59,7 @@ MISTAKES = {
     "check solver=andersen": "no solver 'andersen'; nearest: anderson",
     "eval eval.step=3": "no key 'eval.step'; nearest: eval.steps",
     "eval eval.split=tets": "eval.split='tets' is not possible; nearest: test",
-    "runs status=don": "no status 'don'; nearest: done",
+    "runs status=don": "no status 'don'; there are: running, done, failed, interrupted, stopped, unreadable",
     "runs -f": "runs has no flag '-f'; nearest: -y",
     "completion tcsh": "no completion for 'tcsh'; there are: bash, zsh, fish",
     # pairs that cannot be

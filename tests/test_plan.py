@@ -72,6 +72,17 @@ def test_what_was_never_run_is_tried(here, capsys, monkeypatch):
         assert said in capsys.readouterr().err
 
 
+def test_data_that_are_not_here_are_told(here, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "_measure", lambda cfg, device: 10.0)
+    assert main(["train", "-m", "dataset=digits,mnist,imagenet", "plan=true", "paths.data=nowhere"]) == 0
+    said = capsys.readouterr().out
+    assert "\ndata    mnist is not here yet: implicit-bench data dataset=mnist paths.data=nowhere, 12 MB\n" in said
+    assert "\ndata    imagenet is not here yet: register at image-net.org" in said
+    assert "digits is not here" not in said
+    assert "3 to do: about " in said
+    assert "of training here, one after the other; of 1 not known before the data are here; nothing was run" in said
+
+
 def test_the_trial_is_a_real_step(here):
     from implicit_bench import config
 

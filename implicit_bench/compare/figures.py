@@ -148,6 +148,8 @@ class Pair:
             caveats.append("of different commits")
         if found["measure"] != "step" and any(run.record["resumed_from"] for run in runs):
             caveats.append("some resumed")
+        if found["measure"] in MEASURES and None in [run.record["environment"]["alone"] for run in runs]:
+            caveats.append("load unknown")  # too short to tell, or a system that does not say
         return caveats + (too_wide(found["verdict"], found["low"], found["high"]) if found["low"] else [])
 
 

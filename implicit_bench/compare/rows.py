@@ -95,9 +95,11 @@ def _one_cell(wanted: str, picked: Sequence[Run]) -> list[Run]:
     settings = [_told(cell[0].record) for cell in begun]
     keys = [key for key in dict.fromkeys(key for s in settings for key in s)
             if any(s.get(key) != settings[0].get(key) for s in settings)]  # fmt: skip
-    values = list(dict.fromkeys(_said(s.get(keys[0])) for s in settings))
-    raise UsageError(f"{wanted!r} names trainings that differ in {keys[0]}: {', '.join(values)}; say which, as "
-                     f"{keys[0]}={values[0]}")  # fmt: skip
+    keys = [key for key in keys if "." not in key] or keys[:1]  # what a group holds follows from its choice
+    values = {key: list(dict.fromkeys(_said(s.get(key)) for s in settings)) for key in keys}
+    differ = " and ".join(f"{key} ({', '.join(values[key])})" for key in keys)
+    which = " ".join(f"{key}={_said(settings[0].get(key))}" for key in keys)  # one that there is
+    raise UsageError(f"{wanted!r} names trainings that differ in {differ}; say which, as {which}")
 
 
 def _told(rec: dict[str, Any]) -> dict[str, Any]:
@@ -155,13 +157,12 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
         again = spelled.train([run.record for run in old])
         raise UsageError(f"{old[0].name} was trained by a version of implicit-bench that computes other numbers than "
                          f"that of {now[0].name}; train it again: {again}")  # fmt: skip
-    if busy := [run for run in everything if run.record["environment"]["alone"] is not True]:
-        known = all(run.record["environment"]["alone"] is False for run in busy)
+    if busy := [run for run in everything if run.record["environment"]["alone"] is False]:
         names = ", ".join(run.name for run in busy[:3]) + (f" and {len(busy) - 3} more" if len(busy) > 3 else "")
-        why = "not alone on the machine" if known else "not known to be alone on the machine"
         again = spelled.train([run.record for run in busy], "force=true")
-        raise UsageError(f"{names} {'was' if len(busy) == 1 else 'were'} {why} (environment.alone), so the times say "
-                         f"little; time again: {again}")  # fmt: skip
+        was = "was" if len(busy) == 1 else "were"
+        raise UsageError(f"{names} {was} not alone on the machine (environment.alone), so the times say little; time "
+                         f"again: {again}")  # fmt: skip
 
 
 def _unlike(a: dict[str, Any], b: dict[str, Any]) -> str | None:

@@ -106,6 +106,7 @@ class Bar(NamedTuple):
     low: float
     high: float
     paper: str = ""  # as Claim.paper has it: 1.52×, or of several tables 0.95–1.52×
+    stuck: bool = False  # solves of one of the two did not converge: starred, and in no verdict's colour
 
     @property
     def published(self) -> list[float]:
@@ -120,7 +121,8 @@ def ratio_bars(paths: Sequence[Path], width: float, bars: Sequence[Bar], title: 
         rows = range(len(bars))
         values = [b.value for b in bars]
         errors = [[b.value - b.low for b in bars], [b.high - b.value for b in bars]]
-        colours = ["#4c72b0" if 1 < b.low < b.high else "#c44e52" if b.low < b.high < 1 else "#999999" for b in bars]
+        colours = ["#d9d9d9" if b.stuck else "#4c72b0" if 1 < b.low < b.high else "#c44e52" if b.low < b.high < 1 else
+                   "#999999" for b in bars]  # fmt: skip
         axes.set_xscale("log")
         axes.barh(rows, [value - 1 for value in values], left=1, xerr=errors, color=colours, height=0.6,
                   error_kw={"elinewidth": 1, "capsize": 2})  # fmt: skip
@@ -131,7 +133,7 @@ def ratio_bars(paths: Sequence[Path], width: float, bars: Sequence[Bar], title: 
             if bar.published:  # at the bar's lower edge, clear of the figure beside it
                 axes.plot(bar.published, [row + 0.3] * len(bar.published), color="black", linewidth=0.8, marker="D",
                           markersize=4, markerfacecolor="white", gid=f"published-{row}")  # fmt: skip
-        _labels(axes, [b.label for b in bars], width)
+        _labels(axes, [b.label + "*" * b.stuck for b in bars], width)
         ends = [1.0, *(end for b in bars for end in (b.low, b.high, *b.published))]
         least, most = min(ends), max(ends)
         axes.set_xlim(least / 1.15, most * (most / least) ** (0.2 if width >= WIDE else 0.35) * 1.2)
@@ -139,6 +141,7 @@ def ratio_bars(paths: Sequence[Path], width: float, bars: Sequence[Bar], title: 
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         beside = "; ◇ what the paper has" if any(b.published for b in bars) else ""
+        beside += "; * not converged, which decides nothing" if any(b.stuck for b in bars) else ""
         figure.supxlabel(textwrap.fill(f"{of}{beside}", int(14 * width)), fontsize=9)
         figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9)
 

@@ -60,7 +60,7 @@ class Line(NamedTuple):
         if not self.value:
             return []
         low, high = (self.value if end is None else end for end in (self.low, self.high))
-        return [plots.Bar(f"{self.title}{where}", self.value, low, high, self.paper)]
+        return [plots.Bar(f"{self.title}{where}", self.value, low, high, self.paper, bool(stuck(self.caveats)))]
 
     @property
     def said(self) -> str:

@@ -193,10 +193,10 @@ def _bars(run: Run, at: int) -> list[plots.Bar]:
     found = []
     for r in run.record["ratios"]:
         if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["value"] and r["id"] != "peer":
-            star = "*" if ratios.stuck(r["caveats"]) else ""
-            label = f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}{star}"
+            label = f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}".removeprefix("– ")
             low, high = (end or r["value"] for end in verdicts.ends(r))
-            found.append(plots.Bar(label.removeprefix("– "), r["value"], low, high, r["paper"] or ""))
+            stuck = bool(ratios.stuck(r["caveats"]))
+            found.append(plots.Bar(label, r["value"], low, high, r["paper"] or "", stuck))
     return found
 
 

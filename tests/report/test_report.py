@@ -26,6 +26,19 @@ def test_speedup_bars_are_the_same_bytes_for_the_same_numbers(tmp_path):
     assert (tmp_path / "c.svg").read_bytes() != (tmp_path / "a.svg").read_bytes()
 
 
+def test_a_bar_of_solves_that_did_not_converge_is_starred_and_in_no_verdicts_colour(tmp_path):
+    bars = [Bar("R1", 2.4, 2.3, 2.5), Bar("R4", 0.9, 0.8, 0.95)]
+    for name, shown in (("fine.svg", bars), ("stuck.svg", [bar._replace(stuck=True) for bar in bars])):
+        plots.ratio_bars([tmp_path / name], plots.WIDE, shown, "digits")
+    fine, stuck = ((tmp_path / name).read_text("utf-8") for name in ("fine.svg", "stuck.svg"))
+    for colour in ("#4c72b0", "#c44e52"):
+        assert colour in fine
+        assert colour not in stuck
+    assert "<!-- R1* -->" in stuck
+    assert "* not converged" in stuck
+    assert "*" not in "".join(re.findall("<!-- (.*) -->", fine))
+
+
 def test_speedup_bars_have_what_the_paper_has_beside_them(tmp_path):
     bars = [Bar("R1", 1.5, 1.4, 1.6, "2.14–36.55×"), Bar("R6", 0.7, 0.6, 0.8, "0.95×"), Bar("R2", 2.0, 1.9, 2.1)]
     assert [bar.published for bar in bars] == [[2.14, 36.55], [0.95], []]
