@@ -62,9 +62,9 @@ def explain(command: str, words: Sequence[Any], error: Exception) -> str:
     except Exception:  # one of the choices, then
         known = keys_of(command)
     for o in words:
-        hydras = o.key_or_group.startswith("hydra") and not o.key_or_group.startswith("hydra.launcher.")
         if o.key_or_group == "table" and command == "train":
             return f"{o.input_line} is a training of each of the table's rows: write train -m {o.input_line}"
+        hydras = o.key_or_group.startswith("hydra") and not o.key_or_group.startswith("hydra.launcher.")
         fine = o.is_add() or o.key_or_group in known or hydras
         fine = fine or (o.input_line in choices and f"'{o.key_or_group}'" not in str(error))  # length, experiment
         if not fine and _takes(command, choices, o.key_or_group):

@@ -24,8 +24,8 @@ STEPS = 4  # the first of them warms up
 
 def plan_training(jobs: Sequence[config.Composed]) -> int:
     """A line a job: done, begun, failed or to do; steps left, ms a step and where that figure is from, time left."""
-    clock, rows, total, todo, unknown = Pace(jobs), [], 0.0, 0, 0
-    absent: dict[str, str] = {}
+    clock, rows, waits = Pace(jobs), [], list[float | None]()
+    todo: list[config.Composed] = []
     for job in jobs:
         device: Device = config.make(job.config["gpu"], "gpu")
         cfg = {**job.config, "gpu": device.settings()}
@@ -42,24 +42,33 @@ def plan_training(jobs: Sequence[config.Composed]) -> int:
         taken = _saved(folder) if folder and state != "done" else 0
         left = None if steps is None else steps - taken
         ms, source = clock.step_ms(job, device)
-        todo += 1
-        wait = None if left is None else left * ms / 1e3
-        unknown += wait is None
-        found = config.make(job.config["dataset"], "dataset").describe(Path(job.config["paths"]["data"]))
-        if found["state"] != "present":
-            size = f", {found['download_mb']:,.0f} MB" if found["download_mb"] else ""
-            absent[job.choices["dataset"]] = f"not here yet: {found['how']}{size}"
-        total += wait or 0.0
-        rows.append([name, state, left, ms, source, wait])
+        todo.append(job)
+        waits.append(None if left is None else left * ms / 1e3)
+        rows.append([name, state, left, ms, source, waits[-1]])
     clock.close()
     time_left = {"time": lambda s: "–" if s is None else duration(s) if s else ""}
     tables.show(["job", "state", "steps left", "ms/step", "from", "time"], rows, time_left, spare=["from", "ms/step"])
-    how_long = f": about {duration(total)} of training here, one after the other" if todo > unknown else ""
+    total, unknown = sum(wait or 0.0 for wait in waits), waits.count(None)
+    how_long = f": about {duration(total)} of training here, one after the other" if len(todo) > unknown else ""
     how_long += f"; of {unknown} not known before the data are here" if unknown else ""
-    for name, how in absent.items():
-        say("data", f"{name} is {how}")
-    say("plan", f"{count(len(jobs), 'job')}, {len(jobs) - todo} done, {todo} to do{how_long}; nothing was run")
+    for line in _absent(todo):
+        say("data", line)
+    done = len(jobs) - len(todo)
+    say("plan", f"{count(len(jobs), 'job')}, {done} done, {len(todo)} to do{how_long}; nothing was run")
     return 0
+
+
+def _absent(jobs: Sequence[config.Composed]) -> list[str]:
+    """How to have each data set that is not here, each looked at once: a folder of pictures takes its time."""
+    sets = {json.dumps([job.config["dataset"], job.config["paths"]["data"]], sort_keys=True, default=str): job
+            for job in jobs}  # fmt: skip
+    lines = []
+    for job in sets.values():
+        found = config.make(job.config["dataset"], "dataset").describe(Path(job.config["paths"]["data"]))
+        if found["state"] != "present":
+            size = f", {found['download_mb']:,.0f} MB" if found["download_mb"] else ""
+            lines.append(f"{job.choices['dataset']} is not here yet: {found['how']}{size}")
+    return list(dict.fromkeys(lines))
 
 
 def plan_bench(jobs: Sequence[config.Composed], words: Sequence[str]) -> int:

@@ -57,10 +57,7 @@ class Run:
         Raises UsageError where a class of one's own is not trusted (`load_run(..., trust=["mypkg"])`), CheckpointError
         where there are no weights.
         """
-        from .device import Device
-
-        gpu = self.config.get("gpu") or {}  # a bench's is its rows', and restore says what that lacks
-        return restore(self, Device("cpu", **{k: gpu[k] for k in ("dtype", "channels_last") if k in gpu}), self.trust)
+        return restore(self, trust=self.trust)
 
 
 def load_run(name: str = "last", runs: str | Path = "runs", trust: Sequence[str] = ()) -> Run:
@@ -95,8 +92,9 @@ def records(dirs: str | Path | Iterable[str | Path] = "runs") -> pandas.DataFram
     ])  # fmt: skip
 
 
-def restore(run: Run, device: Device, trust: Sequence[str] = ()) -> Classifier:
-    """The classifier of a finished or unfinished run with its latest weights, on the device, in evaluation mode.
+def restore(run: Run, device: Device | None = None, trust: Sequence[str] = ()) -> Classifier:
+    """The classifier of a finished or unfinished run with its latest weights, in evaluation mode, on the device (None:
+    the CPU, in the dtype that it was trained in).
 
     Raises UsageError for a class that is neither ours nor of a trusted package, CheckpointError without usable weights.
     """
@@ -104,8 +102,11 @@ def restore(run: Run, device: Device, trust: Sequence[str] = ()) -> Classifier:
         name, command = record.name_of(run.folder), run.record["command"]
         raise UsageError(f"{name} is a {command}, which leaves no weights; name a training")
     from . import config
+    from .device import Device
     from .train import checkpoint
 
+    gpu = run.config["gpu"]
+    device = device or Device("cpu", gpu["dtype"], channels_last=gpu["channels_last"])
     parts = config.build(trusted(run.config, trust))
     found = checkpoint.load(run.folder, device.torch, lambda line: say("note", line, err=True))
     if found is None:

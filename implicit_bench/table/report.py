@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from .. import config, log, machine, papers, record, terminal
 from ..compare.figures import Trained, Unknown
+from ..compare.figures import line as of_ratio
 from ..compare.rows import Run
-from ..report import plots, ratios
+from ..report import plots
 from ..schema import UsageError, files, nearest
 from ..terminal import Bar, say
 from ..words import split
@@ -192,11 +193,9 @@ def _title(run: Run, at: int) -> str:
 def _bars(run: Run, at: int) -> list[plots.Bar]:
     found = []
     for r in run.record["ratios"]:
-        if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["value"] and r["id"] != "peer":
-            label = f"{r['id']} {r['numerator']} / {r['denominator']}, {r['measure']}".removeprefix("– ")
-            low, high = (end or r["value"] for end in verdicts.ends(r))
-            stuck = bool(ratios.stuck(r["caveats"]))
-            found.append(plots.Bar(label, r["value"], low, high, r["paper"] or "", stuck))
+        if (r.get("at") or 0) == at and r["measure"] in SPEEDS and r["id"] != "peer":
+            low, high = verdicts.ends(r)
+            found += of_ratio(r)._replace(low=low, high=high, paper=r["paper"] or "").bars()
     return found
 
 
